@@ -1,0 +1,42 @@
+"""What a backend is: `compile` turns a function into an executable, `run` executes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from shoestring.ir import Function
+
+
+@runtime_checkable
+class Executable(Protocol):
+    """A compiled function."""
+
+    def run(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The outputs, in order, in storage that the next call does not overwrite.
+
+        Args:
+            arguments: one tensor a parameter, in order. A parameter with a `next` value is
+                overwritten in place; all others are left as they are.
+        """
+        ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Compiles functions for one target."""
+
+    @property
+    def name(self) -> str:
+        """What `compile(backend=...)` calls it."""
+        ...
+
+    def compile(self, function: Function) -> Executable:
+        """The function, ready to run.
+
+        Raises:
+            BackendError: SS4xxx, where the backend refuses the function.
+        """
+        ...

@@ -1,0 +1,47 @@
+"""The host CPU backend: fused kernels in C, everything else PyTorch kernels, planned memory."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from dataclasses import dataclass
+
+from shoestring.ir import Function
+
+from .build import build
+from .executable import CExecutable, CompileInfo, Fallback
+from .lower import KernelInfo, lower
+
+
+@dataclass(frozen=True)
+class CBackend:
+    """Compiles functions for this machine's CPU.
+
+    Attributes:
+        fuse: whether nodes share kernels; off for debugging.
+    """
+
+    name: str = "c"
+    fuse: bool = True
+
+    def compile(self, function: Function) -> CExecutable:
+        """The function, with its kernels built (or taken from the cache) and memory planned.
+
+        Raises:
+            BackendError: SS4101, SS4102 for what is refused, SS42xx where C does not build.
+        """
+        start = time.perf_counter()
+        lowered = lower(function, fuse=self.fuse)
+        library, built = None, None
+        if lowered.sources:
+            built = build(lowered.sources)
+            library = ctypes.CDLL(str(built.path))
+        info = CompileInfo(
+            time.perf_counter() - start,
+            built.cache_hit if built else True,
+            built.source if built else None,
+        )
+        return CExecutable(lowered.program, lowered.kernels, library, lowered.sources, info)
+
+
+__all__ = ["CBackend", "CExecutable", "CompileInfo", "Fallback", "KernelInfo"]

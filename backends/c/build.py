@@ -1,0 +1,196 @@
+"""Building generated C: cached by content, written atomically, safe for concurrent processes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from shoestring.ir.errors import BackendError
+
+FLAGS = (
+    "-std=gnu11", "-O3", "-march=native", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fwrapv",
+    "-fno-math-errno", "-fno-trapping-math", "-w",
+)  # fmt: skip
+PRELUDE = Path(__file__).with_name("prelude.h")
+JOBS = max(2, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Build:
+    """A built library.
+
+    Attributes:
+        path: the shared object.
+        source: the folder with its C files.
+        cache_hit: whether it was there already.
+    """
+
+    path: Path
+    source: Path
+    cache_hit: bool
+
+
+def cache_folder() -> Path:
+    """`$SHOESTRING_CACHE`, or a folder of the user's."""
+    given = os.environ.get("SHOESTRING_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "shoestring"
+
+
+def find_compiler() -> str:
+    """The C compiler: `$CC`, else `cc`, `gcc` or `clang`.
+
+    Raises:
+        BackendError: SS4201 where there is none.
+    """
+    given = os.environ.get("CC")
+    for name in [given] if given else ["cc", "gcc", "clang"]:
+        found = shutil.which(name)
+        if found:
+            return found
+    what = f"a C compiler is required to build kernels, found none ({given or 'cc, gcc, clang'})"
+    hint = "install gcc or clang, point CC at one, or use the backend 'reference'"
+    raise BackendError("SS4201", what, "", hint)
+
+
+@cache
+def compiler_version(compiler: str) -> str:
+    """The first line of `cc --version`.
+
+    Raises:
+        BackendError: SS4201 where the compiler does not start.
+    """
+    try:
+        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        hint = "check CC"
+        raise BackendError(
+            "SS4201", f"the C compiler {compiler} does not run", str(error), hint
+        ) from error
+    return done.stdout.splitlines()[0] if done.stdout else ""
+
+
+@cache
+def cpu_identity() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    wanted = ("model name", "flags", "Features")
+    picked = dict(line.split(":", 1) for line in lines if line.startswith(wanted) and ":" in line)
+    return "\n".join(picked.values())
+
+
+def flags() -> tuple[str, ...]:
+    """The compiler's flags here. GCC holds back from 512-bit vectors; math-heavy kernels gain."""
+    wide = ("-mprefer-vector-width=512",) if "avx512f" in cpu_identity() else ()
+    return (*FLAGS, *wide)
+
+
+@cache
+def links_own_openmp() -> bool:
+    """Whether kernels must bring an OpenMP runtime: only where PyTorch's is not visible."""
+    return not hasattr(ctypes.CDLL(None), "GOMP_parallel")
+
+
+def build(sources: Sequence[str]) -> Build:
+    """The sources as one shared library, built unless the cache has it.
+
+    Raises:
+        BackendError: SS4201 without a compiler, SS4202 where the C does not compile, SS4203 where
+            the cache cannot be written.
+    """
+    compiler = find_compiler()
+    key = _key(compiler, sources)
+    folder = cache_folder() / key[:2] / key
+    library = folder / "kernels.so"
+    if _intact(library):
+        return Build(library, folder, True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f"{key[:8]}.", dir=folder.parent))
+    except OSError as error:
+        hint = "set SHOESTRING_CACHE to a folder that can be written"
+        raise BackendError(
+            "SS4203", f"the kernel cache {folder} cannot be written", str(error), hint
+        ) from error
+    try:
+        _compile(compiler, sources, work)
+        _publish(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return Build(library, folder, False)
+
+
+def _key(compiler: str, sources: Sequence[str]) -> str:
+    parts = [*sources, PRELUDE.read_text(), *flags(), compiler_version(compiler), cpu_identity(),
+             str(links_own_openmp())]  # fmt: skip
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part.encode()).digest())
+    return digest.hexdigest()
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _intact(library: Path) -> bool:
+    """Whether a cached library is there and has the hash that was written beside it."""
+    try:
+        return library.with_suffix(".sha256").read_text() == _digest(library)
+    except OSError:
+        return False
+
+
+def _compile(compiler: str, sources: Sequence[str], work: Path) -> None:
+    (work / "prelude.h").write_text(PRELUDE.read_text())
+    files = [work / f"kernels{i}.c" for i in range(len(sources))]
+    for file, source in zip(files, sources, strict=True):
+        file.write_text(source)
+    with ThreadPoolExecutor(JOBS) as pool:
+        list(pool.map(lambda f: _compile_one(compiler, f, work), files))
+    link = [compiler, "-shared", *(f"{f.stem}.o" for f in files), "-o", "kernels.so", "-lm"]
+    _run([*link, "-lgomp"] if links_own_openmp() else link, work)
+    (work / "kernels.sha256").write_text(_digest(work / "kernels.so"))
+
+
+def _compile_one(compiler: str, file: Path, work: Path) -> None:
+    """One object file. A crash of the compiler itself is tried once more without vectorizing."""
+    command = [compiler, *flags(), "-c", file.name, "-o", f"{file.stem}.o"]
+    try:
+        _run(command, work)
+    except BackendError as error:
+        if "internal compiler error" not in error.where:
+            raise
+        (work / f"{file.stem}.retried").write_text(error.where)
+        _run([*command, "-O1", "-fno-tree-vectorize"], work)
+
+
+def _run(command: list[str], work: Path) -> None:
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True)
+    if done.returncode:
+        first = "\n".join(done.stderr.splitlines()[:40])
+        what = f"generated C does not build: {' '.join(command)}"
+        raise BackendError("SS4202", what, first, "report this as a bug, with the emitted source")
+
+
+def _publish(work: Path, folder: Path) -> None:
+    """Moves a finished build into its place. Another process may have been faster; either is good.
+
+    Files go one by one by rename, the hash last: a reader sees a whole entry or none.
+    """
+    folder.mkdir(exist_ok=True)
+    for file in sorted(work.iterdir(), key=lambda f: f.suffix == ".sha256"):
+        if file.suffix != ".o":
+            os.replace(file, folder / file.name)

@@ -1,0 +1,268 @@
+"""Which nodes share a kernel.
+
+A kernel has one domain of loops. Every node in it lives on one of three levels: `none` (one number,
+computed before the loops), `outer` (one an outer index), `full` (one an outer and inner index).
+A reduction takes `full` to `outer`, or to `none` where there is no outer. Greedy, in program order:
+a node joins the kernels of its operands where levels agree and no path leaves the kernel and comes
+back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .atoms import Atoms, Run
+from .nodes import Base, Node, Ref, Work, WorkList
+from .reductions import keeps_dims, reduced_dims
+
+MAX_NODES = 96
+MAX_SEARCH = 256
+
+
+@dataclass(eq=False, slots=True)
+class Placed:
+    """A node within a kernel: the loops of its domain, and of its result.
+
+    Attributes:
+        domain: per dimension of what it iterates over (a reduction: its operand).
+        result: per dimension of its result.
+    """
+
+    node: Node
+    domain: list[Run]
+    result: list[Run]
+
+
+@dataclass(eq=False, slots=True)
+class Unit:
+    """What runs as one: a kernel, or a call of a PyTorch kernel.
+
+    Attributes:
+        full: loops of the whole domain; meaningless for a library call.
+        outer: loops of the outer level; None where no node is on it.
+        reduces_all: whether a reduction goes from `full` to `none`.
+    """
+
+    index: int
+    nodes: list[Placed]
+    library: bool = False
+    full: Run = ()
+    outer: Run | None = None
+    reduces_all: bool = False
+    inputs: set[int] = field(default_factory=set[int])
+    first: int = 0
+    last: int = 0
+
+
+class Grouping:
+    """The units of a function, under construction."""
+
+    def __init__(self, work: WorkList, fuse: bool = True) -> None:
+        self.atoms = Atoms()
+        self.units: dict[int, Unit] = {}
+        self.unit_of: dict[Node, int] = {}
+        self.placed: dict[Node, Placed] = {}
+        self.fuse = fuse
+        self.wide_readers = _wide_readers(work)
+        for node in work.nodes:
+            self._add(node)
+
+    # -- adding a node -------------------------------------------------------------------------
+
+    def _add(self, node: Node) -> None:
+        if node.work is Work.LIBRARY:
+            self._new_unit(Placed(node, [], []), library=True)
+            return
+        placed = self._place(node)
+        unit = self._new_unit(placed)
+        unit.full = tuple(a for run in placed.domain for a in run)
+        if node.work is Work.REDUCTION:
+            kept = tuple(a for run in placed.result for a in run)
+            unit.outer, unit.reduces_all = (kept, False) if kept else (None, True)
+        if self.fuse:
+            for ref in [] if reads_whole(node) else node.refs:
+                self._try_merge(self.unit_of[node], ref, placed)
+
+    def _new_unit(self, placed: Placed, library: bool = False) -> Unit:
+        node = placed.node
+        unit = Unit(node.index, [placed], library, first=node.index, last=node.index)
+        producers = (r.base.node for r in node.refs)
+        unit.inputs = {self.unit_of[n] for n in producers if n is not None}
+        self.units[unit.index] = unit
+        self.unit_of[node] = unit.index
+        self.placed[node] = placed
+        return unit
+
+    def _place(self, node: Node) -> Placed:
+        """Fresh loops, one a dimension."""
+        if node.work is Work.POINTWISE:
+            dims = [self.atoms.fresh(n) for n in node.outs[0].shape]
+            return Placed(node, dims, dims)
+        source = node.refs[0]
+        dims = [self.atoms.fresh(n) for n in source.shape]
+        gone, keep = set(reduced_dims_of(node)), keeps_dims_of(node)
+        result = [() if i in gone else run for i, run in enumerate(dims) if keep or i not in gone]
+        return Placed(node, dims, result)
+
+    # -- merging -------------------------------------------------------------------------------
+
+    def _try_merge(self, index: int, ref: Ref, placed: Placed) -> None:
+        producer = ref.base.node
+        if producer is None or producer not in self.placed:
+            return
+        a, b = self.units[self.unit_of[producer]], self.units[self.unit_of[placed.node]]
+        if a is b or a.library or b.library or len(a.nodes) + len(b.nodes) > MAX_NODES:
+            return
+        if ref.layout.numel == 1 and not self._may_share_number(a, b):
+            return
+        mark = self.atoms.mark()
+        tied = self._tie_all(a, b) and self._tie_rest(a, b)
+        merged = self._levels(a, b) if tied else None
+        if merged is None or self._reaches(a, b) or self._reaches(b, a):
+            self.atoms.undo(mark)
+            return
+        a.full, a.outer, a.reduces_all = merged
+        self._absorb(a, b)
+
+    def _may_share_number(self, a: Unit, b: Unit) -> bool:
+        """Whether two units may meet over one number that `b` reads from `a`.
+
+        Numbers that many kernels read (a learning rate) get a kernel of their own: else they would
+        pull together kernels that have nothing else in common.
+        """
+        if not self.atoms.resolve(b.full):
+            return True
+        if self.atoms.resolve(a.full):
+            return False
+        return all(self.wide_readers.get(o, 0) <= 1 for p in a.nodes for o in p.node.outs)
+
+    def _tie_all(self, a: Unit, b: Unit) -> bool:
+        """Ties every operand that one unit reads from the other; in a kernel none is in memory."""
+        for reader in (*a.nodes, *b.nodes):
+            home = self.unit_of[reader.node]
+            for ref in reader.node.refs:
+                producer = ref.base.node
+                if producer is None or self.unit_of[producer] in (home,):
+                    continue
+                if self.unit_of[producer] not in (a.index, b.index):
+                    continue
+                if reads_whole(reader.node) or not self._tie(ref, self.placed[producer], reader):
+                    return False
+        return True
+
+    def _tie_rest(self, a: Unit, b: Unit) -> bool:
+        """Ties loops that only one of the two has, where they are as many: any order will do.
+
+        So a mean over rows and the difference from it share their inner loop.
+        """
+        left, right = self.atoms.resolve(a.full), self.atoms.resolve(b.full)
+        only_left = tuple(x for x in left if x not in set(right))
+        only_right = tuple(x for x in right if x not in set(left))
+        if not only_left or not only_right:
+            return True
+        if self.atoms.size(only_left) != self.atoms.size(only_right):
+            return False
+        return self.atoms.tie(only_left, only_right)
+
+    def _tie(self, ref: Ref, producer: Placed, reader: Placed) -> bool:
+        base = tuple(a for run in producer.result for a in run)
+        dims = self.atoms.through(base, ref.layout)
+        if dims is None:
+            return False
+        extra = len(reader.domain) - len(dims)
+        for run, mine in zip(dims, reader.domain[extra:], strict=True):
+            if run and not self.atoms.tie(run, mine):
+                return False
+        return True
+
+    def _levels(self, a: Unit, b: Unit) -> tuple[Run, Run | None, bool] | None:
+        """The domain of both together, or None where their nodes do not fit three levels."""
+        full = max((self.atoms.resolve(u.full) for u in (a, b)), key=len)
+        if len(set(full)) != len(full):
+            return None
+        whole = set(full)
+        outer: Run | None = None
+        for unit in (a, b):
+            for level in (unit.full, unit.outer):
+                if level is None:
+                    continue
+                loops = self.atoms.resolve(level)
+                if len(set(loops)) != len(loops) or not set(loops) <= whole:
+                    return None
+                if not loops or set(loops) == whole:
+                    continue
+                if outer is not None and set(outer) != set(loops):
+                    return None
+                outer = loops
+        reduces_all = a.reduces_all or b.reduces_all
+        if reduces_all and (outer is not None or not self._reduce_whole(a, b, whole)):
+            return None
+        return full, outer, reduces_all
+
+    def _reduce_whole(self, a: Unit, b: Unit, whole: set[int]) -> bool:
+        return all(set(self.atoms.resolve(u.full)) == whole for u in (a, b) if u.reduces_all)
+
+    def _absorb(self, a: Unit, b: Unit) -> None:
+        for placed in b.nodes:
+            self.unit_of[placed.node] = a.index
+        a.nodes = sorted((*a.nodes, *b.nodes), key=lambda p: p.node.index)
+        a.inputs = {self._current(i) for i in a.inputs | b.inputs} - {a.index, b.index}
+        a.first, a.last = min(a.first, b.first), max(a.last, b.last)
+        b.nodes = []
+        b.full = (a.index,)  # where it went
+
+    def _current(self, index: int) -> int:
+        """The unit that a unit has become part of."""
+        while not self.units[index].nodes:
+            index = self.units[index].full[0]
+        return index
+
+    def _reaches(self, source: Unit, target: Unit) -> bool:
+        """Whether `target` depends on `source` through a third unit; True in doubt."""
+        stack = [self._current(i) for i in target.inputs]
+        stack = [i for i in stack if i not in (source.index, target.index)]
+        seen = set(stack)
+        while stack:
+            unit = self.units[stack.pop()]
+            if len(seen) > MAX_SEARCH:
+                return True
+            if unit.last < source.first:
+                continue
+            for i in {self._current(i) for i in unit.inputs}:
+                if i == source.index:
+                    return True
+                if i not in seen:
+                    seen.add(i)
+                    stack.append(i)
+        return False
+
+    def finished(self) -> list[Unit]:
+        """The units, each with the units that it reads from."""
+        units = [u for u in self.units.values() if u.nodes]
+        for u in units:
+            u.inputs = {self._current(i) for i in u.inputs} - {u.index}
+        return units
+
+
+def _wide_readers(work: WorkList) -> dict[Base, int]:
+    """Base -> how many nodes with more than one element read it."""
+    counts: dict[Base, int] = {}
+    for node in work.nodes:
+        if node.outs[0].nbytes == node.outs[0].dtype.itemsize and node.work is Work.POINTWISE:
+            continue
+        for ref in node.refs:
+            counts[ref.base] = counts.get(ref.base, 0) + 1
+    return counts
+
+
+def reads_whole(node: Node) -> bool:
+    """Whether the node reads its operands as a whole: a random key."""
+    return node.name in ("rng.uniform.default", "rng.bits.default")
+
+
+def reduced_dims_of(node: Node) -> tuple[int, ...]:
+    return tuple(node.attrs["dims"]) if "dims" in node.attrs else reduced_dims(node.op)
+
+
+def keeps_dims_of(node: Node) -> bool:
+    return bool(node.attrs["keepdim"]) if "dims" in node.attrs else keeps_dims(node.op)

@@ -1,0 +1,779 @@
+"""Writing a unit as one C function.
+
+A kernel reads and writes through an array of pointers. Its loops come in three shapes:
+
+* flat: every loop is inner; used where nothing, or everything, is reduced;
+* row: parallel over the outer loops, one inner nest a stage;
+* column: as row, for outer loops that are contiguous in memory: a block of lanes of the innermost
+  outer loop goes through the inner loops together.
+
+A stage is one pass over the inner loops: it ends where a reduction must be complete. Pointwise
+values are computed anew in each stage that needs them; only what is read outside is stored.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from shoestring.ir import DTYPE_NAMES
+
+from ..instructions import Buffer, contiguous_strides
+from .atoms import Atoms, strides_of
+from .expressions import (
+    EXPRESSIONS,
+    FLOATS,
+    HALVES,
+    MEMORY,
+    REGISTER,
+    Use,
+    arithmetic_type,
+    cast,
+    literal,
+    load,
+    number,
+    opmath,
+    rounded,
+    scalar_fill,
+    store,
+    widened,
+)
+from .groups import Placed, Unit, reduced_dims_of
+from .nodes import Base, Node, Ref, Work
+from .reductions import REDUCTIONS, Reduction, accumulator
+
+PARALLEL_WORK = 1 << 16  # below this many element operations a thread costs more than it saves
+BLOCK = 1024  # elements that one single-precision partial sum takes in
+PARTIALS = 1024  # most partial results of a reduction of everything
+LANES = 64
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A C function.
+
+    Attributes:
+        body: its text without name and comment; equal bodies are one function.
+        comment: what it computes, in the user's terms.
+        buffers: what each pointer must point to, in order, and its element type.
+        written: positions in `buffers` that it writes.
+        ops: the IR ops that it carries out.
+    """
+
+    body: str
+    comment: str
+    buffers: tuple[tuple[Buffer, torch.dtype], ...]
+    written: tuple[int, ...]
+    ops: tuple[str, ...]
+    stem: str
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One loop of a kernel: the atoms that it runs over, outermost first."""
+
+    name: str
+    size: int
+    atoms: tuple[int, ...]
+
+
+@dataclass
+class Access:
+    """A view of memory, by atom."""
+
+    strides: dict[int, int]
+    offset: int
+    weight: int
+
+
+@dataclass
+class _Text:
+    lines: list[str] = field(default_factory=list[str])
+    depth: int = 1
+
+    def put(self, line: str) -> None:
+        self.lines.append(line if line.startswith("#") else "    " * self.depth + line)
+
+    def open(self, line: str) -> None:
+        self.put(line + " {")
+        self.depth += 1
+
+    def close(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.depth -= 1
+            self.put("}")
+
+
+Level = str  # "none", "outer" or "full"
+
+
+class KernelWriter:
+    """Writes one unit.
+
+    Args:
+        unit: what to write.
+        atoms: the loops.
+        buffer_of: where a stored base is.
+        stored: the bases that are read outside the unit.
+        in_place: the bases among them that overwrite a parameter.
+    """
+
+    def __init__(
+        self,
+        unit: Unit,
+        atoms: Atoms,
+        buffer_of: Callable[[Base], Buffer],
+        stored: set[Base],
+        in_place: Iterable[Base],
+    ) -> None:
+        self.unit, self.atoms, self.buffer_of = unit, atoms, buffer_of
+        self.members = {b: p for p in unit.nodes for b in p.node.outs}
+        self.stores = [p for p in unit.nodes if p.node.outs[0] in stored]
+        self.in_place = set(in_place)
+        self.text = _Text()
+        self.pointers: dict[Buffer, tuple[torch.dtype, bool]] = {}
+        self.number = {p.node: i for i, p in enumerate(unit.nodes)}
+        self._resolve_levels()
+        self._stages()
+        self._loops()
+
+    # -- analysis ------------------------------------------------------------------------------
+
+    def _resolve_levels(self) -> None:
+        full = self.atoms.resolve(self.unit.full)
+        outer = self.atoms.resolve(self.unit.outer) if self.unit.outer is not None else ()
+        if set(outer) == set(full):
+            outer = ()
+        self.full, self.outer = full, outer
+        self.domain = {p.node: self._flat(p.domain) for p in self.unit.nodes}
+        self.level: dict[Node, Level] = {}
+        for p in self.unit.nodes:
+            self.level[p.node] = self._level_of(self._flat(p.result))
+
+    def _flat(self, runs: list[tuple[int, ...]]) -> tuple[int, ...]:
+        return self.atoms.resolve(a for run in runs for a in run)
+
+    def _level_of(self, loops: tuple[int, ...]) -> Level:
+        if not loops:
+            return "none"
+        return "outer" if self.outer and set(loops) == set(self.outer) else "full"
+
+    def _stages(self) -> None:
+        """The pass over the inner loops after which each value is there."""
+        self.stage: dict[Node, int] = {}
+        for p in self.unit.nodes:
+            sources = [self.members[r.base].node for r in p.node.refs if r.base in self.members]
+            stage = max((self.stage[n] for n in sources), default=0)
+            self.stage[p.node] = stage + (p.node.work is Work.REDUCTION)
+        reductions = [self.stage[p.node] for p in self.unit.nodes if p.node.work is Work.REDUCTION]
+        self.reductions_end = max(reductions, default=0)
+        self.last_stage = max(
+            [self.reductions_end - 1, *(self._store_stage(p, 0) for p in self.stores)], default=0
+        )
+
+    def _store_stage(self, p: Placed, last: int) -> int:
+        """In-place results wait for the last pass: earlier ones still read the old value."""
+        if p.node.outs[0] in self.in_place:
+            return max(last, self.stage[p.node])
+        return self.stage[p.node]
+
+    # -- loops ---------------------------------------------------------------------------------
+
+    def _access(self, placed: Placed, ref: Ref) -> Access:
+        extra = len(placed.domain) - len(ref.shape)
+        dims = placed.domain[extra:]
+        strides = strides_of(self.atoms, dims, ref.shape, ref.layout.strides)
+        return Access(strides, ref.layout.offset, ref.layout.numel)
+
+    def _result_access(self, placed: Placed) -> Access:
+        shape = placed.node.outs[0].shape
+        strides = strides_of(self.atoms, placed.result, shape, contiguous_strides(shape))
+        return Access(strides, 0, math.prod(shape))
+
+    def _loops(self) -> None:
+        accesses: list[tuple[int, int, Access]] = []
+        for p in self.unit.nodes:
+            if p in self.stores or p.node.name in _INDEXED:
+                accesses.append(
+                    (0 if p in self.stores else 1, p.node.index, self._result_access(p))
+                )
+            for ref in p.node.refs:
+                if ref.base not in self.members and p.node.name not in _KEYED:
+                    accesses.append((1, p.node.index, self._access(p, ref)))
+        accesses.sort(key=lambda a: (-len(a[2].strides), a[0], a[1]))
+        self.accesses = [a for _, _, a in accesses]
+        inner = [a for a in self.full if a not in self.outer]
+        self.by_column = bool(self.outer) and self._contiguous_outer(set(inner))
+        self.outer_loops = self._merge(self._sorted(list(self.outer)), "i")
+        self.inner_loops = self._merge(self._sorted(inner), "j")
+        if self.by_column:
+            *rest, self.lane = self.outer_loops
+            self.outer_loops = rest
+        self.index_of = {a: loop for loop in self._all_loops() for a in loop.atoms}
+
+    def _all_loops(self) -> list[Loop]:
+        lane = [self.lane] if self.by_column else []
+        return [*self.outer_loops, *lane, *self.inner_loops]
+
+    def _contiguous_outer(self, inner: set[int]) -> bool:
+        """Whether most of the memory traffic of the full level is contiguous along outer loops."""
+        votes = 0
+        for access in self.accesses:
+            if not inner & access.strides.keys():
+                continue
+            unit = [a for a, s in access.strides.items() if s == 1]
+            votes += sum(-access.weight if a in inner else access.weight for a in unit)
+        return votes > 0
+
+    def _sorted(self, loops: list[int]) -> list[int]:
+        """Outermost first: by the strides of the first access in which two loops differ."""
+
+        def compare(a: int, b: int) -> int:
+            for access in self.accesses:
+                x, y = access.strides.get(a, 0), access.strides.get(b, 0)
+                if x and y and x != y:
+                    return -1 if x > y else 1
+            return self.full.index(a) - self.full.index(b)
+
+        return sorted(loops, key=functools.cmp_to_key(compare))
+
+    def _merge(self, loops: list[int], letter: str) -> list[Loop]:
+        """Joins neighbours that every access walks as one."""
+        runs: list[list[int]] = []
+        sizes = self.atoms.sizes
+        for loop in loops:
+            if runs and all(
+                a.strides.get(runs[-1][-1], 0) == a.strides.get(loop, 0) * sizes[loop]
+                for a in self.accesses
+            ):
+                runs[-1].append(loop)
+            else:
+                runs.append([loop])
+        return [
+            Loop(f"{letter}{i}", self.atoms.size(run), tuple(run)) for i, run in enumerate(runs)
+        ]
+
+    def _offset(self, access: Access) -> str:
+        """The element's position as C."""
+        parts = [str(access.offset)] if access.offset else []
+        for loop in self._all_loops():
+            stride = access.strides.get(loop.atoms[-1], 0)
+            if stride:
+                name = self._index_name(loop)
+                parts.append(name if stride == 1 else f"{name} * {stride}")
+        return " + ".join(parts) or "0"
+
+    def _index_name(self, loop: Loop) -> str:
+        return "(c + l)" if self.by_column and loop is self.lane else loop.name
+
+    # -- pointers ------------------------------------------------------------------------------
+
+    def _pointer(self, base: Base, write: bool = False) -> str:
+        buffer = self.buffer_of(base)
+        _, written = self.pointers.get(buffer, (base.dtype, False))
+        self.pointers[buffer] = (base.dtype, written or write)
+        return f"p{list(self.pointers).index(buffer)}"
+
+    # -- expressions ---------------------------------------------------------------------------
+
+    def _name(self, node: Node) -> str:
+        name = f"v{self.number[node]}"
+        return f"{name}[l]" if self.by_column and self.level[node] == "outer" else name
+
+    def _operand(self, placed: Placed, ref: Ref) -> str:
+        if ref.base in self.members:
+            return self._name(self.members[ref.base].node)
+        access = self._access(placed, ref)
+        if not access.strides:
+            return self._scalar(ref, access.offset)
+        return load(f"{self._pointer(ref.base)}[{self._offset(access)}]", ref.dtype)
+
+    def _scalar(self, ref: Ref, offset: int) -> str:
+        """One element that every iteration reads: loaded once, before the loops."""
+        pointer = self._pointer(ref.base)
+        name = f"{pointer}_{offset}"
+        line = f"const {REGISTER[ref.dtype]} {name} = {load(f'{pointer}[{offset}]', ref.dtype)};"
+        if line not in self.scalars:
+            self.scalars.append(line)
+        return name
+
+    def _value(self, placed: Placed) -> str:
+        """A pointwise node's value as C, rounded to its type."""
+        node, out = placed.node, placed.node.outs[0].dtype
+        fill = scalar_fill(node.op) if node.name == node.op.name else None
+        if fill is not None:
+            exact = torch.tensor(fill, dtype=out).item()
+            return literal(exact, out)
+        expression = EXPRESSIONS[node.name]
+        operands = self._raw_operands(placed)
+        kinds = [(o[1], o[2]) if isinstance(o, tuple) else o for o in operands]
+        attrs = dict(node.attrs)
+        dtype = arithmetic_type(expression.rule, kinds, attrs, out)
+        args = tuple(self._arg(o, dtype) for o in operands)
+        raw = tuple(_raw(o) for o in operands)
+        index = self._index(placed)
+        text = expression.write(Use(args, dtype, attrs, index, out, raw))
+        if expression.rule in ("operands", "first", "truth"):
+            return text
+        if expression.rule == "key":
+            return cast(text, torch.float32 if "uniform" in node.name else torch.int64, out)
+        if expression.rule == "index":
+            return cast(text, dtype, out)
+        return rounded(text, out)
+
+    def _raw_operands(self, placed: Placed) -> list[tuple[str, torch.dtype, int] | object]:
+        node = placed.node
+        if node.name in _KEYED:
+            key = node.refs[0]
+            step = key.layout.strides[0]
+            parts = (self._scalar(key, key.layout.offset + i * step) for i in (0, 1))
+            return [(text, torch.int64, 0) for text in parts]
+        return [
+            (self._operand(placed, o), o.dtype, len(o.shape)) if isinstance(o, Ref) else o
+            for o in node.operands
+        ]
+
+    def _arg(self, operand: object, dtype: torch.dtype) -> str | None:
+        if operand is None:
+            return None
+        if isinstance(operand, tuple):
+            text, old, _ = operand
+            exact = dtype is torch.bool or dtype in HALVES
+            return cast(text, old, dtype) if exact else widened(text, old, dtype)
+        assert isinstance(operand, (bool, int, float)), "an operand is a view, a number or nothing"
+        return number(operand, dtype)
+
+    def _index(self, placed: Placed) -> str:
+        if placed.node.name not in _INDEXED:
+            return ""
+        return f"({self._offset(self._result_access(placed))})"
+
+    def _define(self, placed: Placed) -> None:
+        node = placed.node
+        kind = REGISTER[node.outs[0].dtype]
+        if self.by_column and self.level[node] == "outer":
+            self.text.put(f"{self._name(node)} = {self._value(placed)};")
+        else:
+            self.text.put(f"const {kind} {self._name(node)} = {self._value(placed)};")
+
+    def _store(self, placed: Placed) -> None:
+        out = placed.node.outs[0]
+        where = f"{self._pointer(out, write=True)}[{self._offset(self._result_access(placed))}]"
+        self.text.put(f"{where} = {store(self._name(placed.node), out.dtype)};")
+
+    def _needed(self, roots: list[Placed]) -> list[Placed]:
+        """The pointwise nodes of the full level that the roots are made of, in order."""
+        found: set[Node] = set()
+        stack = list(roots)
+        while stack:
+            p = stack.pop()
+            if p.node in found or p.node.work is Work.REDUCTION or self.level[p.node] != "full":
+                continue
+            found.add(p.node)
+            stack.extend(self.members[r.base] for r in p.node.refs if r.base in self.members)
+        return [p for p in self.unit.nodes if p.node in found]
+
+    # -- the whole -----------------------------------------------------------------------------
+
+    def write(self) -> Kernel:
+        self.scalars: list[str] = []
+        self._none_level(0)
+        if self.outer:
+            self._outer_nest()
+        else:
+            for stage in range(self.last_stage + 1):
+                self._flat_stage(stage)
+                self._none_level(stage + 1)
+        for p in self.stores:
+            if self.level[p.node] == "none":
+                self._store(p)
+        return self._finish()
+
+    def _finish(self) -> Kernel:
+        head = [
+            f"    {'' if written else 'const '}{MEMORY[dtype]} *restrict p{i} = b[{i}];"
+            for i, (dtype, written) in enumerate(self.pointers.values())
+        ]
+        body = "\n".join([*head, *(f"    {s}" for s in self.scalars), *self.text.lines])
+        nodes = [p.node for p in self.unit.nodes]
+        written = tuple(i for i, (_, w) in enumerate(self.pointers.values()) if w)
+        comment = [
+            f"v{i} = {n.name.removeprefix('aten.')}: {_described(n)}" for i, n in enumerate(nodes)
+        ]
+        return Kernel(
+            body,
+            "\n".join(f"// {line}" for line in comment),
+            tuple((b, dtype) for b, (dtype, _) in self.pointers.items()),
+            written,
+            tuple(n.op.name for n in nodes),
+            _stem(nodes),
+        )
+
+    def _none_level(self, stage: int) -> None:
+        for p in self.unit.nodes:
+            if self.level[p.node] == "none" and self.stage[p.node] == stage:
+                if p.node.work is Work.POINTWISE:
+                    self._define(p)
+
+    def _is_parallel(self) -> bool:
+        return self.atoms.size(self.full) * (1 + len(self.unit.nodes)) >= PARALLEL_WORK
+
+    def _stage_roots(self, stage: int) -> tuple[list[Placed], list[Placed]]:
+        """Reductions that this pass completes, and full-level results that it stores."""
+        reduced = [
+            p
+            for p in self.unit.nodes
+            if p.node.work is Work.REDUCTION and self.stage[p.node] == stage + 1
+        ]
+        stored = [
+            p for p in self.stores
+            if self.level[p.node] == "full" and self._store_stage(p, self.last_stage) == stage
+        ]  # fmt: skip
+        return reduced, stored
+
+    # -- flat ----------------------------------------------------------------------------------
+
+    def _flat_stage(self, stage: int) -> None:
+        reduced, stored = self._stage_roots(stage)
+        if not reduced and not stored:
+            return
+        if not self.inner_loops:
+            self._body(reduced, stored)
+            return
+        if reduced:
+            self._blocked(reduced, stored)
+            return
+        *outside, last = self.inner_loops
+        if self._is_parallel():
+            kind = "parallel for" if outside else "parallel for simd"
+            many = f" collapse({len(outside)})" if len(outside) > 1 else ""
+            self.text.put(f"#pragma omp {kind}{many} schedule(static)")
+        for loop in outside:
+            self._for(loop)
+        if outside or not self._is_parallel():
+            self.text.put("#pragma omp simd")
+        self._for(last)
+        self._body(reduced, stored)
+        self.text.close(len(outside) + 1)
+
+    def _for(self, loop: Loop) -> None:
+        n = loop.name
+        self.text.open(f"for (int64_t {n} = 0; {n} < {loop.size}; {n}++)")
+
+    def _body(self, reduced: list[Placed], stored: list[Placed]) -> None:
+        sources = [
+            self.members[p.node.refs[0].base]
+            for p in reduced
+            if p.node.refs[0].base in self.members
+        ]
+        for p in self._needed([*sources, *stored]):
+            self._define(p)
+        for p in reduced:
+            self._accumulate(p)
+        for p in stored:
+            self._store(p)
+
+    def _blocked(self, reduced: list[Placed], stored: list[Placed]) -> None:
+        """Partial results of fixed blocks, combined in order: equal for every number of threads."""
+        first, *rest = self.inner_loops
+        block = -(-first.size // PARTIALS)
+        if not rest:
+            block = max(-(-block // 64) * 64, 4096)
+        count = -(-first.size // block)
+        for p in reduced:
+            for kind, name in self._acc(p).partials:
+                self.text.put(f"{kind} {name}s[{count}];")
+        if self._is_parallel() and count > 1:
+            self.text.put("#pragma omp parallel for schedule(static)")
+        self.text.open(f"for (int64_t q = 0; q < {count}; q++)")
+        high = f"(q + 1) * {block} < {first.size} ? (q + 1) * {block} : {first.size}"
+        self.text.put(f"const int64_t low = q * {block}, high = {high};")
+        for p in reduced:
+            self._acc(p).declare(self.text)
+        self._nest(
+            reduced, stored, [(first, "low", "high"), *((r, "0", str(r.size)) for r in rest)]
+        )
+        for p in reduced:
+            for _, name in self._acc(p).partials:
+                self.text.put(f"{name}s[q] = {name};")
+        self.text.close()
+        for p in reduced:
+            a = self._acc(p)
+            a.declare(self.text)
+            self.text.put(f"for (int64_t q = 0; q < {count}; q++) {{ {a.combine()} }}")
+            self._complete(p)
+
+    def _nest(
+        self, reduced: list[Placed], stored: list[Placed], loops: list[tuple[Loop, str, str]]
+    ) -> None:
+        """The inner loops of one pass, the innermost in blocks where sums are long."""
+        *outside, (last, low, high) = loops
+        for loop, start, end in outside:
+            n = loop.name
+            self.text.open(f"for (int64_t {n} = {start}; {n} < {end}; {n}++)")
+        inner = [self._acc(p) for p in reduced]
+        long = last.size > BLOCK and bool(reduced)
+        if long:
+            self.text.open(f"for (int64_t k = {low}; k < {high}; k += {BLOCK})")
+            self.text.put(f"const int64_t end = k + {BLOCK} < {high} ? k + {BLOCK} : {high};")
+            low, high = "k", "end"
+        for a in inner:
+            a.declare_block(self.text)
+        clauses = "".join(f" reduction({c})" for a in inner for c in a.clauses)
+        self.text.put(f"#pragma omp simd{clauses}")
+        n = last.name
+        self.text.open(f"for (int64_t {n} = {low}; {n} < {high}; {n}++)")
+        self._body(reduced, stored)
+        self.text.close()
+        for a in inner:
+            a.flush(self.text)
+        self.text.close(len(outside) + long)
+
+    def _acc(self, p: Placed) -> _Accumulators:
+        return _Accumulators(p, self.number[p.node])
+
+    def _accumulate(self, p: Placed) -> None:
+        source = p.node.refs[0]
+        text = self._operand(p, source)
+        a = self._acc(p)
+        value = (
+            cast(text, source.dtype, a.dtype)
+            if a.dtype is torch.bool
+            else widened(text, source.dtype, a.dtype)
+        )
+        lane = "[l]" if self.by_column else ""
+        self.text.put(a.update(value, lane))
+
+    def _complete(self, p: Placed) -> None:
+        """The reduction's result, as a value of its level."""
+        node, a = p.node, self._acc(p)
+        count = math.prod(node.refs[0].shape[i] for i in reduced_dims_of(node))
+        lane = "[l]" if self.by_column else ""
+        value = a.result(count, lane)
+        out = node.outs[0].dtype
+        declared = "" if self.by_column else f"const {REGISTER[out]} "
+        self.text.put(f"{declared}{self._name(node)} = {value};")
+
+    # -- rows and columns ----------------------------------------------------------------------
+
+    def _outer_nest(self) -> None:
+        loops = len(self.outer_loops) + self.by_column
+        if self._is_parallel():
+            many = f" collapse({loops})" if loops > 1 else ""
+            self.text.put(f"#pragma omp parallel for{many} schedule(static)")
+        for loop in self.outer_loops:
+            self._for(loop)
+        if self.by_column:
+            self._open_lanes()
+        self._outer_level(0)
+        for stage in range(self.last_stage + 1):
+            reduced, stored = self._stage_roots(stage)
+            if reduced or stored:
+                (self._column_pass if self.by_column else self._row_pass)(reduced, stored)
+            self._outer_level(stage + 1)
+        self._store_outer()
+        self.text.close(loops)
+
+    def _open_lanes(self) -> None:
+        size = self.lane.size
+        self.width = min(LANES, size)
+        self.text.open(f"for (int64_t c = 0; c < {size}; c += {self.width})")
+        short = f"{size} - c < {self.width} ? {size} - c : {self.width}"
+        self.text.put(f"const int64_t w = {self.width if size % self.width == 0 else short};")
+        for p in self.unit.nodes:
+            if self.level[p.node] == "outer":
+                kind = REGISTER[p.node.outs[0].dtype]
+                self.text.put(f"{kind} v{self.number[p.node]}[{self.width}];")
+
+    def _open_lane_loop(self) -> None:
+        self.text.put("#pragma omp simd")
+        self.text.open("for (int64_t l = 0; l < w; l++)")
+
+    def _outer_level(self, stage: int) -> None:
+        ready = [
+            p for p in self.unit.nodes
+            if self.level[p.node] == "outer" and self.stage[p.node] == stage
+            and p.node.work is Work.POINTWISE
+        ]  # fmt: skip
+        if not ready:
+            return
+        if self.by_column:
+            self._open_lane_loop()
+        for p in ready:
+            self._define(p)
+        if self.by_column:
+            self.text.close()
+
+    def _store_outer(self) -> None:
+        ready = [p for p in self.stores if self.level[p.node] == "outer"]
+        if ready and self.by_column:
+            self._open_lane_loop()
+        for p in ready:
+            self._store(p)
+        if ready and self.by_column:
+            self.text.close()
+
+    def _row_pass(self, reduced: list[Placed], stored: list[Placed]) -> None:
+        for p in reduced:
+            self._acc(p).declare(self.text)
+        self._nest(reduced, stored, [(j, "0", str(j.size)) for j in self.inner_loops])
+        for p in reduced:
+            self._complete(p)
+
+    def _column_pass(self, reduced: list[Placed], stored: list[Placed]) -> None:
+        for p in reduced:
+            self._acc(p).declare_lanes(self.text, self.width)
+        *outside, last = self.inner_loops
+        for loop in outside:
+            self._for(loop)
+        block = BLOCK // 4
+        long = last.size > block and bool(reduced)
+        n = last.name
+        if long:
+            self.text.open(f"for (int64_t k = 0; k < {last.size}; k += {block})")
+            self.text.put(
+                f"const int64_t end = k + {block} < {last.size} ? k + {block} : {last.size};"
+            )
+        for p in reduced:
+            self._acc(p).declare_block_lanes(self.text, self.width)
+        start, end = ("k", "end") if long else ("0", str(last.size))
+        self.text.open(f"for (int64_t {n} = {start}; {n} < {end}; {n}++)")
+        self._open_lane_loop()
+        self._body(reduced, stored)
+        self.text.close(2)
+        if reduced:
+            self._open_lane_loop()
+            for p in reduced:
+                self._acc(p).flush(self.text, "[l]")
+            self.text.close()
+        self.text.close(len(outside) + long)
+        if reduced:
+            self._open_lane_loop()
+            for p in reduced:
+                self._complete(p)
+            self.text.close()
+
+
+# Ops that read their operand, a random key, as a whole: no loop walks it.
+_KEYED = frozenset({"rng.uniform.default", "rng.bits.default"})
+_INDEXED = frozenset({
+    "aten.arange.start_step", "rng.uniform.default", "rng.bits.default", "rng.advance.default",
+})  # fmt: skip
+
+
+class _Accumulators:
+    """The C variables of one reduction: `t` over everything, `a` over one block.
+
+    Sums of f32 take in a block in f32, as SIMD does, and add blocks in f64.
+    """
+
+    def __init__(self, placed: Placed, number: int) -> None:
+        node = placed.node
+        self.kind: Reduction = REDUCTIONS[node.name]
+        self.out = node.outs[0].dtype
+        self.dtype = accumulator(self.kind.how, self.out)
+        self.id = number
+        self.block_type = REGISTER[self.dtype]
+        wide = self.kind.how in ("sum", "prod") and self.dtype is torch.float32
+        self.total_type = "double" if wide else self.block_type
+        self.tracks_nan = self.kind.how in ("max", "min") and self.dtype in FLOATS
+
+    @property
+    def start(self) -> str:
+        how = self.kind.how
+        if how in ("sum", "any"):
+            return "0"
+        if how in ("prod", "all"):
+            return "1"
+        if self.dtype in FLOATS:
+            return "-INFINITY" if how == "max" else "INFINITY"
+        if self.dtype is torch.bool:
+            return "0" if how == "max" else "1"
+        info = torch.iinfo(self.dtype)
+        return literal(info.min if how == "max" else info.max, self.dtype)
+
+    @property
+    def sign(self) -> str:
+        return {"sum": "+", "prod": "*", "any": "|", "all": "&", "max": "max", "min": "min"}[
+            self.kind.how
+        ]
+
+    @property
+    def partials(self) -> list[tuple[str, str]]:
+        """Type and name of everything that a block leaves behind."""
+        own = [(self.total_type, f"t{self.id}")]
+        return [*own, ("int", f"n{self.id}")] if self.tracks_nan else own
+
+    @property
+    def clauses(self) -> list[str]:
+        own = [f"{self.sign} : a{self.id}"]
+        return [*own, f"| : m{self.id}"] if self.tracks_nan else own
+
+    def declare(self, text: _Text) -> None:
+        nan = f" int n{self.id} = 0;" if self.tracks_nan else ""
+        text.put(f"{self.total_type} t{self.id} = {self.start};{nan}")
+
+    def declare_block(self, text: _Text) -> None:
+        nan = f" int m{self.id} = 0;" if self.tracks_nan else ""
+        text.put(f"{self.block_type} a{self.id} = {self.start};{nan}")
+
+    def declare_lanes(self, text: _Text, width: int) -> None:
+        for kind, name in self.partials:
+            start = "0" if name.startswith("n") else self.start
+            text.put(f"{kind} {name}[{width}];")
+            text.put(f"for (int64_t l = 0; l < {width}; l++) {name}[l] = {start};")
+
+    def declare_block_lanes(self, text: _Text, width: int) -> None:
+        names = [(self.block_type, f"a{self.id}", self.start)]
+        if self.tracks_nan:
+            names.append(("int", f"m{self.id}", "0"))
+        for kind, name, start in names:
+            text.put(f"{kind} {name}[{width}];")
+            text.put(f"for (int64_t l = 0; l < {width}; l++) {name}[l] = {start};")
+
+    def _into(self, target: str, value: str) -> str:
+        if self.kind.how in ("max", "min"):
+            sign = ">" if self.kind.how == "max" else "<"
+            return f"{target} = {value} {sign} {target} ? {value} : {target};"
+        return f"{target} {self.sign}= {value};"
+
+    def update(self, value: str, lane: str = "") -> str:
+        nan = f" m{self.id}{lane} |= {value} != {value};" if self.tracks_nan else ""
+        return self._into(f"a{self.id}{lane}", value) + nan
+
+    def flush(self, text: _Text, lane: str = "") -> None:
+        nan = f" n{self.id}{lane} |= m{self.id}{lane};" if self.tracks_nan else ""
+        text.put(self._into(f"t{self.id}{lane}", f"a{self.id}{lane}") + nan)
+
+    def combine(self) -> str:
+        nan = f" n{self.id} |= n{self.id}s[q];" if self.tracks_nan else ""
+        return self._into(f"t{self.id}", f"t{self.id}s[q]") + nan
+
+    def result(self, count: int, lane: str = "") -> str:
+        total = f"t{self.id}{lane}"
+        if self.tracks_nan:
+            return f"n{self.id}{lane} ? NAN : {total}"
+        if self.kind.mean:
+            total = f"{total} / {count}"
+        if self.dtype is torch.bool:
+            return cast(total, torch.bool, self.out) if self.out is not torch.bool else total
+        return rounded(f"({REGISTER[opmath(self.out)]})({total})", self.out)
+
+
+def _raw(operand: object) -> tuple[str, torch.dtype] | None:
+    return (operand[0], operand[1]) if isinstance(operand, tuple) else None
+
+
+def _described(node: Node) -> str:
+    shape = ",".join(map(str, node.outs[0].shape))
+    return f"{DTYPE_NAMES[node.outs[0].dtype]}[{shape}] {node.outs[0].label}"
+
+
+def _stem(nodes: list[Node]) -> str:
+    """A short name from the first and the last op."""
+    names = [n.name.split(".")[1].strip("_") for n in nodes]
+    return names[0] if len(names) == 1 else f"{names[0]}_{names[-1]}"

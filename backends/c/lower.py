@@ -1,0 +1,236 @@
+"""The pipeline of the backend: nodes, units, order, buffers, memory plan, kernels, instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from shoestring.ir import Function, Loc, Op, Value
+from shoestring.ir.errors import BackendError
+
+from ..instructions import (
+    Buffer,
+    CallKernel,
+    CallTorch,
+    Copy,
+    Instruction,
+    Program,
+    Region,
+    RegionOperand,
+    Space,
+    contiguous_strides,
+)
+from ..memory import Lifetime, plan_memory
+from .groups import Grouping, Unit
+from .kernels import Kernel, KernelWriter
+from .library import way_of
+from .nodes import Base, NodeOperand, Ref, WorkList, normalize
+from .schedule import Order, schedule
+
+SOURCE_FILES = 4
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """A C function and what it is for."""
+
+    name: str
+    ops: tuple[str, ...]
+    calls: int
+
+
+@dataclass
+class Lowered:
+    """A program and the C that it calls."""
+
+    program: Program
+    sources: list[str]
+    kernels: list[KernelInfo]
+
+
+def lower(function: Function, *, fuse: bool = True) -> Lowered:
+    """The function as instructions over planned memory, and the C source of its kernels.
+
+    Raises:
+        BackendError: SS4101 where a shape is symbolic, SS4102 where an encoding is not dense.
+    """
+    _check(function)
+    work = normalize(function)
+    grouping = Grouping(work, fuse)
+    units = grouping.finished()
+    stored = _stored(work, grouping)
+    order = schedule(work, units, grouping.atoms, stored)
+    return _Emitter(work, grouping, order, stored).emit()
+
+
+def _check(function: Function) -> None:
+    for value in function.values:
+        if not value.type.is_static:
+            what = f"static shapes are required, found {value!r}"
+            raise BackendError("SS4101", what, "", "compile for one size of the batch")
+        if value.type.encoding.kind != "dense":
+            raise BackendError("SS4102", f"dense storage is required, found {value!r}")
+
+
+def _stored(work: WorkList, grouping: Grouping) -> set[Base]:
+    """Results of nodes that must be in memory: read by another unit, or at the end."""
+    ends = (*(work.refs[o.value] for o in work.function.outputs), *work.nexts.values())
+    stored = {r.base for r in ends if r.base.node is not None}
+    for node in work.nodes:
+        home = grouping.unit_of[node]
+        if grouping.units[home].library:
+            stored.update(node.outs)
+        for ref in node.refs:
+            producer = ref.base.node
+            if producer is not None and grouping.unit_of[producer] != home:
+                stored.add(ref.base)
+    return stored
+
+
+@dataclass
+class _Emitter:
+    work: WorkList
+    grouping: Grouping
+    order: Order
+    stored: set[Base]
+    buffers: dict[Base, Buffer] = field(default_factory=dict[Base, Buffer])
+    arena: list[Buffer] = field(default_factory=list[Buffer])
+    constants: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
+    names: dict[str, str] = field(default_factory=dict[str, str])
+    texts: dict[str, str] = field(default_factory=dict[str, str])
+    calls: dict[str, list[Kernel]] = field(default_factory=dict[str, list[Kernel]])
+
+    # -- buffers -------------------------------------------------------------------------------
+
+    def buffer_of(self, base: Base) -> Buffer:
+        """Where a base is; for a next value written in place, its parameter's storage."""
+        found = self.buffers.get(base)
+        if found is not None:
+            return found
+        if base in self.order.in_place:
+            buffer = self.buffer_of(self.order.in_place[base])
+        elif base.param is not None:
+            buffer = Buffer(Space.ARGUMENT, base.param, base.nbytes, base.label)
+        elif base.constant is not None:
+            buffer = Buffer(Space.CONSTANT, len(self.constants), base.nbytes, base.label)
+            self.constants.append(base.constant)
+        else:
+            buffer = Buffer(Space.ARENA, len(self.arena), base.nbytes, base.label)
+            self.arena.append(buffer)
+        self.buffers[base] = buffer
+        return buffer
+
+    def region(self, ref: Ref) -> Region:
+        layout = ref.layout
+        return Region(
+            self.buffer_of(ref.base), ref.dtype, layout.offset, layout.shape, layout.strides
+        )
+
+    def whole(self, base: Base) -> Region:
+        return Region(
+            self.buffer_of(base), base.dtype, 0, base.shape, contiguous_strides(base.shape)
+        )
+
+    # -- instructions --------------------------------------------------------------------------
+
+    def emit(self) -> Lowered:
+        instructions = [self.instruction(u) for u in self.order.units]
+        copies = tuple(
+            Copy(self.region(ref), self.whole(old), f"new {old.label}")
+            for ref, old in self.order.late
+        )
+        outputs = tuple(self.region(self.work.refs[o.value]) for o in self.work.function.outputs)
+        plan = plan_memory(self.lifetimes(instructions, copies, outputs))
+        program = Program(
+            self.work.function, tuple(dict.fromkeys(self.buffers.values())), tuple(instructions),
+            copies, outputs, tuple(self.constants), plan,
+        )  # fmt: skip
+        infos = [
+            KernelInfo(self.names[body], kernels[0].ops, len(kernels))
+            for body, kernels in self.calls.items()
+        ]
+        return Lowered(program, self.sources(), infos)
+
+    def instruction(self, unit: Unit) -> Instruction:
+        return self.library_call(unit) if unit.library else self.kernel_call(unit)
+
+    def library_call(self, unit: Unit) -> CallTorch:
+        node = unit.nodes[0].node
+        operands = tuple(self.operand(o) for o in node.operands)
+        return CallTorch(
+            node.op, operands, tuple(self.whole(b) for b in node.outs), way_of(node.op)
+        )
+
+    def operand(self, operand: NodeOperand) -> RegionOperand:
+        if isinstance(operand, Ref):
+            return self.region(operand)
+        if isinstance(operand, tuple):
+            return tuple(None if r is None else self.region(r) for r in operand)
+        return operand
+
+    def kernel_call(self, unit: Unit) -> CallKernel:
+        kernel = KernelWriter(
+            unit, self.grouping.atoms, self.buffer_of, self.stored, self.order.in_place
+        ).write()
+        if kernel.body not in self.names:
+            self.names[kernel.body] = f"k{len(self.names)}_{kernel.stem}"
+        self.calls.setdefault(kernel.body, []).append(kernel)
+        pointers = tuple(
+            Region(b, dtype, 0, *_flat(b.nbytes // dtype.itemsize)) for b, dtype in kernel.buffers
+        )
+        made = [b for p in unit.nodes for b in p.node.outs if b in self.stored]
+        results: dict[Value, Region] = {b.value: self.whole(b) for b in made if b.value is not None}
+        written = tuple(pointers[i] for i in kernel.written)
+        loc = _loc_of([p.node.op for p in unit.nodes])
+        return CallKernel(self.names[kernel.body], pointers, written, results, kernel.ops, loc)
+
+    # -- memory --------------------------------------------------------------------------------
+
+    def lifetimes(
+        self, instructions: Sequence[Instruction], copies: Sequence[Copy], outputs: Sequence[Region]
+    ) -> list[Lifetime]:
+        first: dict[Buffer, int] = {}
+        last: dict[Buffer, int] = {}
+        for i, instruction in enumerate(instructions):
+            for r in instruction.regions:
+                first.setdefault(r.buffer, i)
+                last[r.buffer] = i
+        end = len(instructions)
+        for r in (*outputs, *(c.source for c in copies)):
+            first.setdefault(r.buffer, end)
+            last[r.buffer] = end
+        return [Lifetime(b.index, b.nbytes, first[b], last[b], b.label) for b in self.arena]
+
+    # -- source --------------------------------------------------------------------------------
+
+    def sources(self) -> list[str]:
+        """The kernels as C files of about equal length."""
+        if not self.names:
+            return []
+        texts = [self._function(body, name) for body, name in self.names.items()]
+        count = min(SOURCE_FILES, len(texts))
+        parts: list[list[str]] = [[] for _ in range(count)]
+        for text in texts:
+            min(parts, key=lambda part: sum(map(len, part))).append(text)
+        return ['#include "prelude.h"\n\n' + "\n".join(part) for part in parts]
+
+    def _function(self, body: str, name: str) -> str:
+        kernels = self.calls[body]
+        more = (
+            f"// called {len(kernels)} times; named here as in the first call\n"
+            if len(kernels) > 1
+            else ""
+        )
+        return f"{more}{kernels[0].comment}\nvoid {name}(void *const *b) {{\n{body}\n}}\n"
+
+
+def _flat(count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return (count,), (1,)
+
+
+def _loc_of(ops: Sequence[Op]) -> Loc:
+    """The last op's place that is known."""
+    known = [op.loc for op in ops if op.loc != Loc()]
+    return known[-1] if known else Loc()

@@ -1,0 +1,320 @@
+"""From ops to nodes: views become layouts, constants are computed, what is left is work.
+
+Base = a tensor with row-major storage: a parameter, a constant, or a node's result
+Ref  = base, layout: a view of a base; needs no code
+Node = one piece of work: pointwise, a reduction, or a call of a PyTorch kernel
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+import torch
+
+from shoestring.ir import Function, Kind, Loc, Number, Op, Value, lookup, operand_values, run_op
+
+from .expressions import has_expression, scalar_fill
+from .layout import VIEWS, Layout, row_major, split_parts
+from .reductions import has_reduction, reduced_dims
+
+# A constant of more elements than this is computed by each step instead of being kept.
+LARGEST_CONSTANT = 1 << 22
+
+
+@dataclass(eq=False, slots=True)
+class Base:
+    """A tensor in row-major storage."""
+
+    index: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    label: str
+    value: Value | None = None
+    node: Node | None = None
+    param: int | None = None
+    constant: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return row_major(self.shape).numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A view of a base."""
+
+    base: Base
+    layout: Layout
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.layout.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+
+NodeOperand = Ref | Number | None | tuple[Ref | None, ...]
+
+
+class Work(Enum):
+    """How a node can be carried out."""
+
+    POINTWISE = "pointwise"
+    REDUCTION = "reduction"
+    LIBRARY = "library"
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One piece of work.
+
+    Attributes:
+        index: position in program order.
+        name: the op's name; decides the expression of a pointwise node.
+        operands: as in the op, with views resolved.
+        outs: one base a result.
+    """
+
+    index: int
+    work: Work
+    name: str
+    op: Op
+    operands: tuple[NodeOperand, ...]
+    outs: tuple[Base, ...]
+    attrs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def refs(self) -> list[Ref]:
+        """Everything that it reads."""
+        return operand_refs(self.operands)
+
+    @property
+    def loc(self) -> Loc:
+        return self.op.loc
+
+
+def operand_refs(operands: tuple[NodeOperand, ...]) -> list[Ref]:
+    """The views among operands, lists included."""
+    found: list[Ref] = []
+    for o in operands:
+        if isinstance(o, Ref):
+            found.append(o)
+        elif isinstance(o, tuple):
+            found.extend(r for r in o if r is not None)
+    return found
+
+
+@dataclass
+class WorkList:
+    """What `normalize` makes of a function."""
+
+    function: Function
+    nodes: list[Node] = field(default_factory=list[Node])
+    bases: list[Base] = field(default_factory=list[Base])
+    refs: dict[Value, Ref] = field(default_factory=dict[Value, Ref])
+    known: dict[Value, torch.Tensor] = field(default_factory=dict[Value, torch.Tensor])
+
+    nexts: dict[Value, Ref] = field(default_factory=dict[Value, Ref])
+
+    # -- making things -------------------------------------------------------------------------
+
+    def base(self, dtype: torch.dtype, shape: tuple[int, ...], label: str, **more: Any) -> Base:
+        base = Base(len(self.bases), dtype, shape, label, **more)
+        self.bases.append(base)
+        return base
+
+    def add(
+        self, work: Work, name: str, op: Op, operands: tuple[NodeOperand, ...], outs: list[Base],
+        attrs: Mapping[str, Any] | None = None,
+    ) -> Node:  # fmt: skip
+        node = Node(
+            len(self.nodes),
+            work,
+            name,
+            op,
+            operands,
+            tuple(outs),
+            op.attrs if attrs is None else attrs,
+        )
+        for out in outs:
+            out.node = node
+        self.nodes.append(node)
+        return node
+
+    def bind(self, operand: Any) -> NodeOperand:
+        if isinstance(operand, Value):
+            return self.refs[operand]
+        if isinstance(operand, tuple):
+            return tuple(None if v is None else self.refs[v] for v in operand)
+        number: NodeOperand = operand
+        return number
+
+    # -- one op --------------------------------------------------------------------------------
+
+    def visit(self, op: Op) -> None:
+        if self.view(op) or self.fold(op):
+            return
+        # `new_zeros(x, ...)` takes no element of x, whose shape may be another.
+        work = classify(op)
+        filled = work is Work.POINTWISE and scalar_fill(op) is not None
+        operands = () if filled else tuple(self.bind(o) for o in op.operands)
+        if work is Work.REDUCTION and self.trivial(op):
+            return
+        outs = [
+            self.base(r.type.dtype, r.type.static_shape, describe(r, op), value=r)
+            for r in op.results
+        ]
+        self.add(work, op.name, op, operands, outs)
+        for r, out in zip(op.results, outs, strict=True):
+            self.refs[r] = Ref(out, row_major(out.shape))
+
+    def view(self, op: Op) -> bool:
+        """Resolves a view; a view that strides cannot express copies first. False for other ops."""
+        if not op.inputs:
+            return False
+        source = self.refs[op.inputs[0]]
+        parts = split_parts(op, source.layout)
+        if parts is None and op.name not in VIEWS:
+            return False
+        if parts is None:
+            rule = VIEWS[op.name]
+            layout = rule(op, source.layout)
+            if layout is None:
+                source = self.contiguous(source, op)
+                layout = rule(op, source.layout)
+            if layout is None:
+                return False
+            parts = [layout]
+        for r, layout in zip(op.results, parts, strict=True):
+            self.refs[r] = Ref(source.base, layout)
+        self.learn(op)
+        return True
+
+    def trivial(self, op: Op) -> bool:
+        """A reduction over dimensions of size one is a conversion."""
+        source, r = self.refs[op.inputs[0]], op.result
+        if any(source.shape[d] != 1 for d in reduced_dims(op)):
+            return False
+        out = self.base(r.type.dtype, source.shape, describe(r, op), value=r)
+        self.add(Work.POINTWISE, "aten._to_copy.default", op, (source,), [out], {})
+        self.refs[r] = Ref(out, row_major(r.type.static_shape))
+        return True
+
+    def settle(self) -> None:
+        """Gives each next value a base of its own, in row-major order, made by a node."""
+        taken: set[Base] = set()
+        for p in self.function.params:
+            if p.next is None or p.next is p.value:
+                continue
+            ref = self.refs[p.next]
+            if (
+                ref.base.node is None
+                or ref.base in taken
+                or ref.layout != row_major(ref.base.shape)
+            ):
+                op = Op(lookup("aten.clone.default"), (p.next,), {}, (), Loc())
+                ref = self.contiguous(ref, op)
+                ref.base.label = f"new {p.path}"
+            taken.add(ref.base)
+            self.nexts[p.value] = ref
+
+    def contiguous(self, source: Ref, op: Op) -> Ref:
+        out = self.base(source.dtype, source.shape, f"copy of {source.base.label}")
+        work = Work.POINTWISE if is_plain(source.dtype) and source.layout.numel else Work.LIBRARY
+        clone = Op(lookup("aten.clone.default"), op.operands[:1], {}, (), op.loc)
+        self.add(work, clone.name, clone, (source,), [out])
+        return Ref(out, row_major(out.shape))
+
+    # -- constants -----------------------------------------------------------------------------
+
+    def learn(self, op: Op) -> None:
+        """Views of known tensors are known."""
+        if op.inputs[0] in self.known:
+            self.known.update(zip(op.results, run_op(op, self.known), strict=True))
+
+    def fold(self, op: Op) -> bool:
+        """Computes an op that depends on nothing."""
+        if op.opdef.kind is Kind.RANDOM or any(v not in self.known for v in op.inputs):
+            return False
+        if any(r.type.numel > LARGEST_CONSTANT for r in op.results):
+            return False
+        if not op.opdef.name.startswith(("aten.", "ir.")) or _is_random(op):
+            return False
+        fill = scalar_fill(op)
+        if fill is not None:
+            r = op.result
+            self.known[r] = torch.tensor(fill, dtype=r.type.dtype).expand(r.type.static_shape)
+            return False
+        with torch.no_grad():
+            outcome = run_op(op, self.known)
+        for r, t in zip(op.results, outcome, strict=True):
+            self.known[r] = t
+            held = t.detach().clone(memory_format=torch.contiguous_format)
+            base = self.base(
+                r.type.dtype, r.type.static_shape, describe(r, op), value=r, constant=held
+            )
+            self.refs[r] = Ref(base, row_major(base.shape))
+        return True
+
+
+def _is_random(op: Op) -> bool:
+    """Whether PyTorch says that the op draws random numbers."""
+    from shoestring.ir.ops import find_overload
+
+    if op.name.startswith("ir."):
+        return False
+    return torch.Tag.nondeterministic_seeded in find_overload(op.name).tags
+
+
+def normalize(function: Function) -> WorkList:
+    """The function as nodes over bases."""
+    work = WorkList(function)
+    for index, p in enumerate(function.params):
+        t = p.value.type
+        label = f"{p.role.value} {p.path}"
+        base = work.base(t.dtype, t.static_shape, label, value=p.value, param=index)
+        work.refs[p.value] = Ref(base, row_major(base.shape))
+    for op in function.ops:
+        work.visit(op)
+    work.settle()
+    return work
+
+
+PLAIN_DTYPES = frozenset({
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+    torch.int16, torch.int8, torch.uint8, torch.bool,
+})  # fmt: skip
+
+
+def is_plain(dtype: torch.dtype) -> bool:
+    """Whether generated code can hold such an element."""
+    return dtype in PLAIN_DTYPES
+
+
+def classify(op: Op) -> Work:
+    """Generated code where there is an expression for the op, else a PyTorch kernel."""
+    types = [v.type for v in (*operand_values(op.operands), *op.results)]
+    if any(not is_plain(t.dtype) or t.numel == 0 for t in types):
+        return Work.LIBRARY
+    if any(isinstance(o, complex) for o in op.operands):
+        return Work.LIBRARY
+    if has_expression(op):
+        return Work.POINTWISE
+    return Work.REDUCTION if has_reduction(op) else Work.LIBRARY
+
+
+def describe(value: Value, op: Op) -> str:
+    """What a value is, in the user's terms."""
+    name = op.name.removeprefix("aten.").split(".")[0]
+    place = op.loc.module or (f"{op.loc.file}:{op.loc.line}" if op.loc.file else "")
+    return f"%{value.name} ({name}{', ' + place if place else ''})"
+
+
+def with_operands(node: Node, operands: tuple[NodeOperand, ...]) -> Node:
+    """The same work on other operands."""
+    return replace(node, operands=operands)

@@ -1,0 +1,1 @@
+"""Passes that shoestring finds through entry points."""

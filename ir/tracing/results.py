@@ -1,0 +1,138 @@
+"""Results without data, remembered: the same op on the same sizes is run under fake tensors once.
+
+`FakeTensorMode` has such a memory too, but looks at twenty facts of every tensor before it answers;
+most of the time of a capture would go there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
+
+from ..function import Operand, Value
+
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """A result that shares memory with nothing."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Results:
+    """The memory of one fake tensor mode."""
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        self.fake = fake
+        self._known: dict[Key, tuple[type | None, tuple[_Layout | None, ...]]] = {}
+        self._views: dict[Key, tuple[tuple[int, ...], tuple[int, ...], int]] = {}
+
+    def of(self, func: OpOverload, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
+        """What `run()` gives, which calls an op that neither writes nor makes views."""
+        key = self._key(func, args, kwargs)
+        if key is None:
+            return run()
+        found = self._known.get(key)
+        if found is not None:
+            return self._make(*found)
+        outcome = run()
+        described = _describe(outcome)
+        if described is not None:
+            self._known[key] = described
+        return outcome
+
+    def of_view(self, func: OpOverload, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
+        """What `run()` gives, which calls an op whose result is a view of its first argument."""
+        key = self._key(func, args, kwargs)
+        found = self._views.get(key) if key is not None else None
+        if found is not None:
+            return self._view(args[0], *found)
+        outcome = run()
+        if key is not None and type(outcome) is FakeTensor and type(args[0]) is FakeTensor:
+            layout, data = (tuple(outcome.shape), outcome.stride()), _layout(outcome, view=True)
+            if data is not None and outcome.dtype == args[0].dtype:
+                self._views[key] = (*layout, int(outcome.storage_offset()))
+        return outcome
+
+    def _view(
+        self, base: FakeTensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int
+    ) -> torch.Tensor:
+        data = torch.empty((0,), dtype=base.dtype, device="meta")
+        with in_kernel_invocation_manager(self.fake):
+            data.set_(base.untyped_storage(), offset, shape, stride)  # pyright: ignore
+        return FakeTensor(self.fake, data, base.fake_device)
+
+    def _key(self, func: OpOverload, args: Any, kwargs: Any) -> Key | None:
+        if self.fake.shape_env is not None or torch._C._len_torch_dispatch_stack():  # pyright: ignore[reportPrivateUsage]
+            return None
+        key = (func, torch.get_default_dtype(), _facts(args), _facts(tuple(kwargs.items())))
+        try:
+            hash(key)
+        except TypeError:
+            return None
+        return key
+
+    def _make(self, kind: type | None, layouts: tuple[_Layout | None, ...]) -> Any:
+        made = [None if one is None else self._tensor(one) for one in layouts]
+        return made[0] if kind is None else kind(made)
+
+    def _tensor(self, one: _Layout) -> torch.Tensor:
+        data = torch.empty_strided(one.shape, one.stride, dtype=one.dtype, device="meta")
+        return FakeTensor(self.fake, data, one.device)
+
+
+def map_types(operands: tuple[Operand, ...]) -> tuple[Any, ...]:
+    """Operands with the type of each value in its place."""
+    return tuple([_type(o) for o in operands])
+
+
+def _type(operand: Operand) -> Any:
+    if isinstance(operand, Value):
+        return operand.type
+    if isinstance(operand, tuple):
+        return tuple([None if v is None else v.type for v in operand])
+    return (type(operand), operand)
+
+
+def _facts(given: Any) -> Any:
+    """Numbers with their types, for 1 == 1.0 == True; tensors by their layout."""
+    if isinstance(given, torch.Tensor):
+        layout = (given.dtype, tuple(given.shape), given.stride(), given.storage_offset())
+        return (*layout, given.device, given.is_conj(), given.is_neg())
+    if isinstance(given, (list, tuple)):
+        return tuple([_facts(g) for g in given])  # pyright: ignore[reportUnknownVariableType]
+    return (type(given), given)  # pyright: ignore[reportUnknownVariableType]
+
+
+def _describe(outcome: Any) -> tuple[type | None, tuple[_Layout | None, ...]] | None:
+    """How to make such results again; None where that is not known."""
+    if isinstance(outcome, torch.Tensor):
+        one = _layout(outcome)
+        return None if one is None else (None, (one,))
+    if type(outcome) not in (tuple, list):
+        return None
+    layouts = [None if t is None else _layout(t) for t in outcome]
+    known = all((a is None) == (b is None) for a, b in zip(layouts, outcome, strict=True))
+    return (type(outcome), tuple(layouts)) if known else None
+
+
+def _layout(t: Any, *, view: bool = False) -> _Layout | None:
+    if type(t) is not FakeTensor or t.layout is not torch.strided or t.is_conj() or t.is_neg():
+        return None
+    if t.constant is not None or (t.storage_offset() and not view):
+        return None
+    return _Layout(tuple(t.shape), t.stride(), t.dtype, t.fake_device)

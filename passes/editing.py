@@ -1,0 +1,45 @@
+"""Small tools of passes that build a function from another one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from shoestring.ir import Function, Op, TensorType, Value
+
+
+class Names:
+    """Unused value names of one function."""
+
+    def __init__(self, function: Function) -> None:
+        self._taken = {v.name for v in function.values}
+        self._next: dict[str, int] = {}
+
+    def fresh(self, type_: TensorType, base: str) -> Value:
+        """A value called `base.1`, `base.2`, ... whichever is free first."""
+        number = self._next.get(base, 0) + 1
+        while f"{base}.{number}" in self._taken:
+            number += 1
+        self._next[base] = number
+        name = f"{base}.{number}"
+        self._taken.add(name)
+        return Value(type_, name)
+
+
+def resolve(value: Value, subst: Mapping[Value, Value]) -> Value:
+    """What a value has been replaced by, chains followed."""
+    while value in subst:
+        value = subst[value]
+    return value
+
+
+def reading(op: Op, subst: Mapping[Value, Value]) -> Op:
+    """The op with replaced operands; the same object where nothing is replaced."""
+    if not any(v in subst for v in op.inputs):
+        return op
+    return op.map_operands(lambda v: resolve(v, subst))
+
+
+def at(op: Op, **changes: object) -> Op:
+    """The op with fields of its location changed."""
+    return replace(op, loc=replace(op.loc, **changes))  # type: ignore[arg-type]

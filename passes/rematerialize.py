@@ -1,0 +1,226 @@
+"""Computes cheap forward values again in the backward pass rather than keep them alive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from shoestring.ir import Function, Kind, Loc, Op, Phase, Value
+
+from .base import Numerics, Pass, PassReport
+from .editing import Names
+from .liveness import measure, size_of, storage_roots
+
+CHEAP = frozenset({Kind.POINTWISE, Kind.VIEW, Kind.CREATION})
+LATER = frozenset({Phase.BACKWARD, Phase.RECOMPUTE, Phase.UPDATE})
+
+
+@dataclass(frozen=True)
+class Rematerialize(Pass):
+    """Duplicates cheap forward chains next to their backward readers, from values kept anyway.
+
+    Of an activation function written in eight pointwise ops only the input stays alive between
+    forward and backward. The duplicates are of phase `recompute`: they do not merge with their
+    originals again. Random draws, contractions and reductions are never duplicated. Keeping an
+    input that nobody else keeps is worth it where it is smaller than what it replaces.
+
+    Attributes:
+        max_chain: the most ops that are duplicated for one value.
+        window: a duplicate serves readers up to so many ops further on; later ones get their own.
+
+    Before:
+
+        func @f {
+          parameter %w: f32[8] "w"
+          batch %x: f32[8,8] "x"
+          %h: f32[8,8] = aten.mm.default(%x, %x)
+          %e: f32[8,8] = aten.exp.default(%h)
+          %t: f32[8,8] = aten.tanh.default(%h)
+          %l: f32[8,8] = aten.mul.Tensor(%e, %t)
+          %m: f32[8,8] = aten.mm.default(%l, %x)
+          %g: f32[8,8] = aten.mm.default(%m, %x) loc("m.py":1 "" backward)
+          %ge: f32[8,8] = aten.mul.Tensor(%g, %e) loc("m.py":1 "" backward)
+          %gt: f32[8,8] = aten.mul.Tensor(%ge, %t) loc("m.py":1 "" backward)
+          %gh: f32[8,8] = aten.mul.Tensor(%gt, %h) loc("m.py":1 "" backward)
+          return g=%gh
+        }
+
+    After:
+
+        func @f {
+          parameter %w: f32[8] "w"
+          batch %x: f32[8,8] "x"
+          %h: f32[8,8] = aten.mm.default(%x, %x)
+          %e: f32[8,8] = aten.exp.default(%h)
+          %t: f32[8,8] = aten.tanh.default(%h)
+          %l: f32[8,8] = aten.mul.Tensor(%e, %t)
+          %m: f32[8,8] = aten.mm.default(%l, %x)
+          %g: f32[8,8] = aten.mm.default(%m, %x) loc("m.py":1 "" backward)
+          %e.1: f32[8,8] = aten.exp.default(%h) loc("":0 "" recompute)
+          %ge: f32[8,8] = aten.mul.Tensor(%g, %e.1) loc("m.py":1 "" backward)
+          %t.1: f32[8,8] = aten.tanh.default(%h) loc("":0 "" recompute)
+          %gt: f32[8,8] = aten.mul.Tensor(%ge, %t.1) loc("m.py":1 "" backward)
+          %gh: f32[8,8] = aten.mul.Tensor(%gt, %h) loc("m.py":1 "" backward)
+          return g=%gh
+        }
+    """
+
+    max_chain: int = 16
+    window: int = 64
+
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+
+    def run(self, function: Function) -> tuple[Function, PassReport]:
+        plan = _Plan(function, self.max_chain)
+        chosen = plan.choose()
+        report = plan.report
+        if not chosen:
+            return function, report
+        result = _duplicate(function, plan, chosen, self.window)
+        before, after = measure(function).peak, measure(result).peak
+        if after >= before:
+            report.skip("the peak of live values would not fall", Loc(), len(chosen))
+            return function, report
+        report.changed = len(chosen)
+        report.note(f"{len(result.ops) - len(function.ops)} ops are computed again")
+        report.note(f"peak of live values {before} B -> {after} B")
+        return result, report
+
+
+class _Plan:
+    """Decides which saved values are computed again, and from what."""
+
+    def __init__(self, function: Function, max_chain: int) -> None:
+        self.function = function
+        self.max_chain = max_chain
+        self.roots = storage_roots(function)
+        self.report = PassReport()
+        self.saved = _saved(function)
+        self.report.matched = len(self.saved)
+        self.available = {p.value for p in function.params}
+        self.available.update(self.roots[v] for v in _kept_anyway(function, self.saved))
+
+    def choose(self) -> set[Value]:
+        """Values to compute again."""
+        groups: dict[frozenset[Value], list[Value]] = {}
+        for v in self.saved:
+            if self.roots[v] in self.available:
+                continue
+            needs = self.needs(v)
+            if needs is None:
+                self.keep([v], f"more than {self.max_chain} ops away from values kept anyway")
+            else:
+                groups.setdefault(needs, []).append(v)
+        chosen: set[Value] = set()
+        for members in groups.values():
+            chosen.update(self.decide(members))
+        return chosen
+
+    def decide(self, members: list[Value]) -> list[Value]:
+        """All members of a group that depends on the same inputs, or none."""
+        open_ = [v for v in members if self.roots[v] not in self.available]
+        needed: set[Value] = set()
+        for v in open_:
+            needed.update(self.needs(v) or ())
+        gain = sum(size_of(r.type) for r in {self.roots[v] for v in open_} - needed)
+        if sum(size_of(v.type) for v in needed) < gain:
+            self.available |= needed
+            return open_
+        self.keep(open_, "its inputs take as much memory and nobody else keeps them")
+        return []
+
+    def keep(self, values: Iterable[Value], reason: str) -> None:
+        for v in values:
+            self.available.add(self.roots[v])
+            op = self.function.producer(v)
+            self.report.skip(reason, op.loc if op is not None else Loc())
+
+    def needs(self, v: Value) -> frozenset[Value] | None:
+        """Storage that must be kept in order to compute a value again; None where it is too far."""
+        chain = self.chain(v)
+        if chain is None:
+            return None
+        made = {r for op in chain for r in op.results}
+        read = {self.roots[i] for op in chain for i in op.inputs if i not in made}
+        return frozenset(read - self.available)
+
+    def chain(self, v: Value) -> list[Op] | None:
+        """The ops to duplicate, last first, for a value; None where there are too many."""
+        found: dict[Op, None] = {}
+        stack = [v]
+        while stack:
+            op = self.function.producer(stack.pop())
+            assert op is not None, "parameters are available"
+            if op in found:
+                continue
+            if len(found) == self.max_chain:
+                return None
+            found[op] = None
+            stack += [i for i in op.inputs if self.is_open(i)]
+        return list(found)
+
+    def is_open(self, v: Value) -> bool:
+        """Whether a value is not alive in the backward pass, but may be computed there."""
+        op = self.function.producer(v)
+        return op is not None and is_cheap(op) and self.roots[v] not in self.available
+
+
+def is_cheap(op: Op) -> bool:
+    """Whether an op of the forward pass may run twice."""
+    return op.opdef.kind in CHEAP and op.opdef.pure and op.loc.phase is Phase.FORWARD
+
+
+def _saved(function: Function) -> list[Value]:
+    """Cheap values of the forward pass that the backward pass reads, in order."""
+    read = {v for op in function.ops if op.loc.phase is Phase.BACKWARD for v in op.inputs}
+    made = (r for op in function.ops if is_cheap(op) for r in op.results)
+    return [r for r in made if r in read]
+
+
+def _kept_anyway(function: Function, saved: Iterable[Value]) -> set[Value]:
+    """Values that stay alive into the backward pass whatever is decided here."""
+    cheap = set(saved)
+    read = {
+        v
+        for op in function.ops
+        if op.loc.phase in LATER
+        for v in op.inputs
+        if v not in cheap or op.loc.phase is not Phase.BACKWARD
+    }
+    forward = {r for op in function.ops if op.loc.phase is Phase.FORWARD for r in op.results}
+    return (read | set(function.results)) & forward
+
+
+def _duplicate(function: Function, plan: _Plan, chosen: set[Value], window: int) -> Function:
+    """The function in which backward readers of the chosen values read duplicates."""
+    names = Names(function)
+    fresh: dict[Value, tuple[int, Value]] = {}
+    order = {op: i for i, op in enumerate(function.ops)}
+    ops: list[Op] = []
+
+    def duplicate(v: Value) -> None:
+        chain, now = plan.chain(v) or [], len(ops)
+        for op in sorted(chain, key=order.__getitem__):
+            if not any(_is_near(fresh, r, now, window) for r in op.results):
+                copies = tuple(names.fresh(r.type, r.name) for r in op.results)
+                own = op.map_operands(
+                    lambda i: fresh[i][1] if _is_near(fresh, i, now, window) else i
+                )
+                loc = replace(op.loc, phase=Phase.RECOMPUTE)
+                ops.append(Op(op.opdef, own.operands, op.attrs, copies, loc))
+                fresh.update((r, (len(ops), c)) for r, c in zip(op.results, copies, strict=True))
+
+    for op in function.ops:
+        if op.loc.phase is Phase.BACKWARD and not chosen.isdisjoint(op.inputs):
+            for v in dict.fromkeys(op.inputs):
+                if v in chosen:
+                    duplicate(v)
+            op = op.map_operands(lambda i: fresh[i][1] if i in chosen else i)
+        ops.append(op)
+    return function.with_ops(ops)
+
+
+def _is_near(fresh: dict[Value, tuple[int, Value]], v: Value, now: int, window: int) -> bool:
+    """Whether a duplicate was made recently enough to be read again."""
+    return v in fresh and now - fresh[v][0] <= window

@@ -1,0 +1,6 @@
+"""Local rewrites: sets of rules that add with `+`."""
+
+from .algebra import ALGEBRA
+from .canonical import CANONICAL
+
+__all__ = ["ALGEBRA", "CANONICAL"]

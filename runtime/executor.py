@@ -1,0 +1,163 @@
+"""Running a compiled step by its instructions: timing, and checking against the reference."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shoestring.backends.c import CExecutable
+from shoestring.backends.instructions import Instruction
+from shoestring.ir import Loc, Op, Value, interpret
+from shoestring.ir.errors import RuntimeFault
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One execution of one instruction."""
+
+    name: str
+    seconds: float
+    loc: Loc
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """An instruction that gave something else than the reference.
+
+    Attributes:
+        instruction: as printed.
+        value: the value's name.
+        error: largest difference, relative to the largest element of the reference.
+        loc: where the value comes from.
+    """
+
+    instruction: str
+    value: str
+    error: float
+    loc: Loc
+
+
+Hook = Callable[[Timing], None]
+
+
+@dataclass
+class Executor:
+    """Runs an executable in the order of its instructions.
+
+    Attributes:
+        executable: what to run.
+        on_instruction: called after each instruction; None runs without looking.
+
+    Example:
+        >>> timings = []
+        >>> outputs = Executor(executable, timings.append).run(arguments)
+    """
+
+    executable: CExecutable
+    on_instruction: Hook | None = None
+
+    def run(self, arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """As the executable's own `run`."""
+        if self.on_instruction is None:
+            return self.executable.run(arguments)
+        return _run(self.executable, arguments, self._timed)
+
+    def _timed(self, index: int, instruction: Instruction) -> None:
+        start = time.perf_counter()
+        self.executable.call(index)
+        seconds = time.perf_counter() - start
+        assert self.on_instruction is not None
+        self.on_instruction(Timing(instruction.name, seconds, instruction.loc))
+
+
+def _run(
+    executable: CExecutable,
+    arguments: Sequence[torch.Tensor],
+    step: Callable[[int, Instruction], None],
+) -> list[torch.Tensor]:
+    executable.prepare(arguments)
+    last = len(executable.program.instructions)
+    outputs: list[torch.Tensor] = []
+    with torch.no_grad():
+        for index, instruction in enumerate(executable.instructions):
+            if index == last:
+                outputs = executable.collect()
+            step(index, instruction)
+        if last == len(executable.instructions):
+            outputs = executable.collect()
+    executable.finish(arguments)
+    return outputs
+
+
+def find_mismatches(
+    executable: CExecutable, arguments: Sequence[torch.Tensor], tolerance: float = 1e-3
+) -> list[Mismatch]:
+    """Runs the step once and compares every value in memory with the interpreter's.
+
+    Args:
+        executable: what to check.
+        arguments: parameters with a next value are overwritten, as by `run`.
+        tolerance: largest difference, relative to the reference's largest element.
+
+    Returns:
+        Everything that is off, in order of execution: the first is where it began.
+    """
+    wanted = _reference_values(executable, arguments)
+    found: list[Mismatch] = []
+
+    def step(index: int, instruction: Instruction) -> None:
+        executable.call(index)
+        for value, region in instruction.results.items():
+            error = relative_error(executable.tensor(region), wanted[value])
+            if not error <= tolerance:
+                found.append(Mismatch(str(instruction), value.name, error, instruction.loc))
+
+    _run(executable, arguments, step)
+    return found
+
+
+def check(
+    executable: CExecutable, arguments: Sequence[torch.Tensor], tolerance: float = 1e-3
+) -> None:
+    """Raises where any instruction's result is off.
+
+    Raises:
+        RuntimeFault: SS5003 with the first instruction that gave something else.
+    """
+    found = find_mismatches(executable, arguments, tolerance)
+    if found:
+        first = found[0]
+        what = (
+            f"%{first.value} differs from the reference by {first.error:.3g} of its largest"
+            f" element; {tolerance:g} is allowed. {len(found)} values differ; this one is first"
+        )
+        hint = "report this as a bug; the backend 'reference' gives right results meanwhile"
+        raise RuntimeFault("SS5003", what, f"{first.loc}\n  {first.instruction}", hint)
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Largest difference over the reference's largest element; NaN and infinities must agree."""
+    x, y = found.double(), wanted.double()
+    same = (x == y) | (x.isnan() & y.isnan())
+    if bool(same.all()):
+        return 0.0
+    if not bool((x.isfinite() == y.isfinite()).all()):
+        return float("inf")
+    finite = y[y.isfinite()].abs()
+    scale = float(finite.max()) if finite.numel() else 0.0
+    return float((x - y)[~same].abs().max()) / max(scale, 1e-30)
+
+
+def _reference_values(
+    executable: CExecutable, arguments: Sequence[torch.Tensor]
+) -> dict[Value, torch.Tensor]:
+    kept: dict[Value, torch.Tensor] = {}
+
+    def observe(op: Op, results: tuple[torch.Tensor, ...]) -> None:
+        kept.update((v, t.detach().clone()) for v, t in zip(op.results, results, strict=True))
+
+    interpret(executable.function, [t.detach().clone() for t in arguments], observe)
+    return kept

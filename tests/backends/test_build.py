@@ -1,0 +1,139 @@
+"""The kernel cache, the compiler, the registry and the matrix."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoestring.backends import Backend, backend_names, get_backend
+from shoestring.backends.c import CBackend
+from shoestring.backends.c.build import PRELUDE, build, find_compiler, links_own_openmp
+from shoestring.backends.matrix import Support, matrix, matrix_text
+from shoestring.ir import Builder, Function, Role, core_set, parse_type
+from shoestring.ir.errors import BackendError
+
+SOURCE = '#include "prelude.h"\nfloat twice(float x) { return x + x; }\n'
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SHOESTRING_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def function(factor: float = 2.0) -> Function:
+    b = Builder("double")
+    x = b.param(parse_type("f32[3]"), Role.BATCH, "x")
+    b.output("y", b.emit("aten.mul.Tensor", x, factor))
+    return b.build()
+
+
+def test_second_build_comes_from_the_cache() -> None:
+    first, second = build([SOURCE]), build([SOURCE])
+    assert (first.cache_hit, second.cache_hit) == (False, True)
+    assert first.path == second.path
+    assert not list(first.path.parent.glob("*.o"))
+    twice = ctypes.CDLL(str(first.path)).twice
+    twice.restype = ctypes.c_float
+    assert twice(ctypes.c_float(1.5)) == 3.0
+
+
+@pytest.mark.parametrize("damage", ["truncate", "garbage", "remove"])
+def test_a_damaged_entry_is_built_again(damage: str) -> None:
+    path = build([SOURCE]).path
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:100] if damage == "truncate" else b"x" * 5000)
+    again = build([SOURCE])
+    assert not again.cache_hit
+    assert build([SOURCE]).cache_hit
+
+
+def test_concurrent_processes(cache: Path) -> None:
+    script = f"from shoestring.backends.c.build import build; print(build([{SOURCE!r}]).path)"
+    command = [sys.executable, "-c", script]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    paths = {process.communicate(timeout=300)[0] for process in running}
+    assert len(paths) == 1 and all(process.returncode == 0 for process in running)
+    assert build([SOURCE]).cache_hit
+
+
+def test_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(BackendError, match="SS4201.*no-such-compiler") as error:
+        CBackend().compile(function())
+    assert "install gcc" in str(error.value)
+
+
+def test_broken_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match="SS4202"):
+        build(["int broken("])
+
+
+def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SHOESTRING_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BackendError, match="SS4203"):
+        build([SOURCE])
+
+
+def test_one_openmp_runtime() -> None:
+    """Kernels resolve OpenMP from what PyTorch has loaded."""
+    assert find_compiler()
+    if links_own_openmp():
+        pytest.skip("PyTorch's OpenMP is not visible here; kernels bring their own")
+    path = build(
+        [
+            SOURCE
+            + "void f(float *x) {\n#pragma omp parallel for\nfor (int i = 0; i < 8; i++) x[i] = 1;"
+            + "\n}\n"
+        ]
+    ).path
+    assert b"libgomp.so" not in path.read_bytes()
+
+
+def test_numbers_are_part_of_the_key() -> None:
+    x = torch.ones(3)
+    two, three = CBackend().compile(function(2.0)), CBackend().compile(function(3.0))
+    assert two.run([x])[0].tolist() == [2, 2, 2]
+    assert three.run([x])[0].tolist() == [3, 3, 3]
+    assert not three.info.cache_hit
+    assert PRELUDE.exists()
+
+
+def test_facts_of_an_executable() -> None:
+    executable = CBackend().compile(function())
+    assert executable.fallbacks == ()
+    assert executable.kernels[0].ops == ("aten.mul.Tensor",)
+    assert "k0_mul" in executable.source
+    assert executable.total_bytes == 12 + executable.arena_bytes
+    assert "kernel k0_mul" in str(executable.program)
+
+
+def test_registry() -> None:
+    assert backend_names() == ["c", "reference"]
+    for name in (*backend_names(), "cpu"):
+        assert isinstance(get_backend(name), Backend)
+    with pytest.raises(BackendError, match=r"SS4001.*'refrence'(.|\n)*did you mean 'reference'"):
+        get_backend("refrence")
+
+
+def test_every_core_op_has_a_row() -> None:
+    rows = matrix()
+    assert [r.op for r in rows] == [op.name for op in core_set()]
+    assert all(isinstance(r.c, Support) for r in rows)
+    assert "`aten.mm.default` | contraction | interpreted | library" in matrix_text()
+
+
+def test_symbolic_shapes_are_refused() -> None:
+    b = Builder("symbolic")
+    x = b.param(parse_type("f32[n]"), Role.BATCH, "x")
+    b.output("x", x)
+    with pytest.raises(BackendError, match="SS4101"):
+        CBackend().compile(b.build())

@@ -1,0 +1,79 @@
+"""The planner, and the checker that must find every kind of wrong plan."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import replace
+
+import pytest
+
+from shoestring.backends.memory import Lifetime, Plan, check_plan, plan_memory
+from shoestring.ir.errors import BackendError
+
+
+def random_lifetimes(count: int, seed: int) -> list[Lifetime]:
+    r = random.Random(seed)
+    found: list[Lifetime] = []
+    for i in range(count):
+        first = r.randrange(count)
+        found.append(
+            Lifetime(
+                i, r.choice([0, 4, 64, 100, 4096, 70000]), first, first + r.randrange(30), f"%{i}"
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_plans_are_valid_and_bounded(seed: int) -> None:
+    lifetimes = random_lifetimes(300, seed)
+    plan = plan_memory(lifetimes)
+    assert plan.peak_bytes <= plan.arena_bytes <= 2 * plan.peak_bytes
+    assert sum(-(-h.nbytes // 64) * 64 for h in plan.holders) == plan.peak_bytes
+
+
+def test_a_chain_takes_two_buffers() -> None:
+    plan = plan_memory([Lifetime(i, 1024, i, i + 1) for i in range(50)])
+    assert plan.arena_bytes == plan.peak_bytes == 2048
+
+
+def test_fifteen_thousand_values_take_seconds() -> None:
+    start = time.process_time()
+    plan_memory(random_lifetimes(15000, 0))
+    assert time.process_time() - start < 5
+
+
+PAIR = [Lifetime(0, 100, 0, 2, "a"), Lifetime(1, 100, 2, 3, "b")]
+GOOD = Plan({0: 0, 1: 128}, 256, 256, 2, ())
+
+
+def test_a_good_plan_passes() -> None:
+    check_plan(PAIR, GOOD)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "arena", "message"),
+    [
+        ({0: 0, 1: 64}, 256, "both alive at instruction 2"),
+        ({0: 0, 1: 0}, 256, "both alive at instruction 2"),
+        ({0: 0, 1: 100}, 256, "not aligned"),
+        ({0: 0, 1: 192}, 256, "out of bounds"),
+        ({0: -64, 1: 64}, 256, "out of bounds"),
+        ({0: 0}, 256, "has no offset"),
+    ],
+)
+def test_wrong_plans_are_found(offsets: dict[int, int], arena: int, message: str) -> None:
+    with pytest.raises(BackendError, match=message) as error:
+        check_plan(PAIR, replace(GOOD, offsets=offsets, arena_bytes=arena))
+    assert error.value.code == "SS4301"
+
+
+def test_an_enclosed_buffer_is_found() -> None:
+    lifetimes = [
+        Lifetime(0, 1000, 0, 9, "big"),
+        Lifetime(1, 64, 0, 9, "far"),
+        Lifetime(2, 64, 3, 4, "in"),
+    ]
+    with pytest.raises(BackendError, match="both alive"):
+        check_plan(lifetimes, Plan({0: 0, 1: 1024, 2: 512}, 2048, 0, 0, ()))

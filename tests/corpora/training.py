@@ -1,0 +1,113 @@
+"""Eager against compiled, step by step."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import shoestring
+from shoestring.ir import Function, parse, print_function, same_structure, verify
+from shoestring.ir.errors import ShoestringError
+
+from .families import Batch, Family, Unbuildable, build, loss_fn
+
+STEPS = 10
+LossFn = Callable[[torch.nn.Module, Batch], torch.Tensor]
+LIMIT = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a family fared.
+
+    Attributes:
+        kind: `equal`, `refused`, `MISMATCH`, `crash` (an exception without a code), `unbuildable`
+            (eager PyTorch cannot run it either) or `rounding`: equal in fp64; in fp32 rounding
+            grows beyond the limit, through a top-k or through batch norms of few numbers.
+    """
+
+    kind: str
+    detail: str
+
+
+def train(family: Family, *, double: bool = False) -> Outcome:
+    """Ten steps of AdamW, eager and compiled by the reference backend."""
+    try:
+        model, batch = build(family)
+        if double:
+            model = model.double()
+            batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+        wanted = eager_losses(copy.deepcopy(model), batch)
+    except Unbuildable as error:
+        return Outcome("unbuildable", _line(error))
+    except Exception as error:
+        return Outcome("unbuildable", f"eager: {_line(error)}")
+    outcome = compare(model, batch, wanted)
+    if outcome.kind != "MISMATCH" or double:
+        return outcome
+    again = train(family, double=True)
+    kind = "rounding" if again.kind == "equal" else "MISMATCH"
+    return Outcome(kind, f"{outcome.detail}; f64: {again.detail}")
+
+
+def compare(
+    model: torch.nn.Module, batch: Batch, wanted: list[float], loss_fn: LossFn = loss_fn
+) -> Outcome:
+    """The compiled losses against those of eager PyTorch."""
+    start = time.perf_counter()
+    try:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        step = shoestring.compile(
+            model, loss_fn, optimizer, (batch,), backend="reference", passes=()
+        )
+        function = next(iter(step.programs.values())).captured.function
+        seconds = time.perf_counter() - start
+        check_text(function)
+        got = [float(step(batch)) for _ in wanted]
+    except ShoestringError as error:
+        return Outcome("refused", str(error).replace("\n", " |"))
+    except Exception as error:
+        return Outcome("crash", f"{type(error).__name__}: {_line(error)}")
+    limit = LIMIT[next(p.dtype for p in model.parameters() if p.dtype in LIMIT)]
+    worst = max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(got, wanted, strict=True))
+    ok = worst <= limit
+    losses = f"loss {got[0]:.4f} -> {got[-1]:.4f}"
+    numbers = f"{len(function.ops)} ops, {seconds:.1f} s, worst {worst:.1e}, {losses}"
+    return Outcome("equal" if ok else "MISMATCH", numbers)
+
+
+def refused_list() -> dict[str, str]:
+    """Name -> code of what is known to be refused. The list only shrinks."""
+    text = (Path(__file__).parent / "refused.txt").read_text()
+    return {line.split("\t")[0]: line.split("\t")[1] for line in text.splitlines()}
+
+
+def eager_losses(
+    model: torch.nn.Module, batch: Batch, loss_fn: LossFn = loss_fn, steps: int = STEPS
+) -> list[float]:
+    """The losses of some steps without shoestring."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses: list[float] = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_fn(model, batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def check_text(function: Function) -> None:
+    """The function is sound, and its text is the function."""
+    verify(function)
+    if not same_structure(parse(print_function(function)), function):
+        raise AssertionError("the text form is another program")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,499 @@
+"""Ordinary and less ordinary PyTorch: a compiled step does what eager does, or says why not."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import shoestring
+from shoestring.ir import Function, Phase, parse, print_function, same_structure, verify
+from shoestring.ir.errors import CaptureError
+
+Model = nn.Module
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+
+
+def mean_square(model: Any, *batch: Any) -> Any:
+    return (model(*batch) ** 2).mean()
+
+
+def compiled(model: Model, batch: Any, loss_fn: Callable[..., Any] = mean_square) -> Any:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    return shoestring.compile(model, loss_fn, optimizer, batch, backend="reference", passes=())
+
+
+def function_of(step: Any) -> Function:
+    found: Function = next(iter(step.programs.values())).captured.function
+    return found
+
+
+def trains_like_eager(
+    model: Model,
+    batch: Any = (X,),
+    loss_fn: Callable[..., Any] = mean_square,
+    steps: int = 3,
+    eager: Model | None = None,
+) -> Any:
+    """Compares losses and state, and returns the compiled step."""
+    eager = eager or copy.deepcopy(model)
+    step = compiled(model, batch, loss_fn)
+    verify(function_of(step))
+    assert same_structure(parse(print_function(function_of(step))), function_of(step))
+    optimizer = torch.optim.SGD([p for p in eager.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        wanted = loss_fn(eager, *batch)
+        wanted.backward()
+        optimizer.step()
+        torch.testing.assert_close(step(*batch), wanted.detach())
+    torch.testing.assert_close(model.state_dict(), eager.state_dict())
+    return step
+
+
+def refused(
+    code: str, line: str, model: Model, batch: Any = (X,), loss_fn: Callable[..., Any] = mean_square
+) -> CaptureError:
+    """The refusal, which names the line of this file that ends with the comment `# line`."""
+    before, grads = copy.deepcopy(model.state_dict()), [p.grad for p in model.parameters()]
+    torch.manual_seed(5)
+    with pytest.raises(CaptureError) as caught:
+        compiled(model, batch, loss_fn)
+    after = torch.rand(())
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(())), "the random state is as it was"
+    torch.testing.assert_close(model.state_dict(), before)
+    assert [p.grad for p in model.parameters()] == grads
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert caught.value.code == code, str(caught.value)
+    if line:
+        file, _, number = caught.value.where.split(" ")[0].rpartition(":")
+        with open(file) as source:
+            assert source.read().splitlines()[int(number) - 1].endswith(f"# {line}")
+    return caught.value
+
+
+class Net(nn.Module):
+    """Two layers with `middle` between them."""
+
+    scale: torch.Tensor
+
+    def __init__(self, middle: Callable[..., Any] = torch.relu) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.middle = middle
+        self.register_buffer("scale", torch.tensor([2.0]))
+
+    def forward(self, x: Any) -> Any:
+        return self.second(self.middle(self.first(x)))
+
+
+# -- control flow that depends on data ----------------------------------------------------------
+
+
+def branch(x: Any) -> Any:
+    if x.sum() > 0:  # branch
+        return x
+    return -x
+
+
+def item(x: Any) -> Any:
+    return x * x.max().item()  # item
+
+
+def to_list(x: Any) -> Any:
+    return x * x.detach().tolist()[0][0]  # to_list
+
+
+def to_numpy(x: Any) -> Any:
+    return x * float(x.detach().numpy()[0, 0])  # to_numpy
+
+
+def indices(x: Any) -> Any:
+    return x[(x[:, 0] > 0).nonzero()[:, 0]]  # indices
+
+
+def mask(x: Any) -> Any:
+    return x[x > 0].sum() * x  # mask
+
+
+def wrong_shape(x: Any) -> Any:
+    return x @ torch.ones(5, 5)  # wrong_shape
+
+
+def wrong_name(x: Any) -> Any:
+    return getattr(x, "no_such_method")()  # noqa: B009  # wrong_name
+
+
+@pytest.mark.parametrize(
+    ("code", "middle"),
+    [
+        ("SS1001", branch),
+        ("SS1001", item),
+        ("SS1001", to_list),
+        ("SS1001", to_numpy),
+        ("SS1002", indices),
+        ("SS1002", mask),
+        ("SS1004", wrong_shape),
+        ("SS1004", wrong_name),
+    ],
+)
+def test_refused_with_the_line(code: str, middle: Callable[..., Any]) -> None:
+    refused(code, middle.__name__, Net(middle))
+
+
+def test_buffer_read_in_python_is_refused() -> None:
+    class Peeks(Net):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x) * self.scale.tolist()[0]  # peeks
+
+    refused("SS1001", "peeks", Peeks())
+
+
+def test_python_random_is_refused() -> None:
+    class Skips(Net):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x) * random.random()
+
+    refused("SS1016", "", Skips())
+
+
+def test_user_exceptions_pass_with_a_code() -> None:
+    def loss_fn(model: Any, x: Any) -> Any:
+        return dict[str, Any]()["missing"]  # missing
+
+    assert "missing" in str(refused("SS1004", "missing", Net(), (X,), loss_fn))
+
+
+def test_unknown_custom_operator() -> None:
+    library = torch.library.Library("shoestring_test", "FRAGMENT")
+    library.define("twice(Tensor x) -> Tensor")
+    library.impl("twice", lambda x: x * 2, "CPU")
+
+    def middle(x: Any) -> Any:
+        return torch.ops.shoestring_test.twice(x)  # custom
+
+    refused("SS1003", "custom", Net(middle))
+
+
+# -- ordinary modules ---------------------------------------------------------------------------
+
+
+class Batched(nn.Module):
+    """Batch norm, a recurrent layer and weight norm."""
+
+    def __init__(self, recurrent: type[nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.BatchNorm1d(6)
+        self.recurrent = recurrent(6, 5, 2, batch_first=True, bidirectional=True)
+        self.head = nn.utils.parametrizations.weight_norm(nn.Linear(10, 2))
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.recurrent(self.norm(x).reshape(2, 2, 6))[0])
+
+
+@pytest.mark.parametrize("recurrent", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_with_norms(recurrent: type[nn.Module]) -> None:
+    trains_like_eager(Batched(recurrent))
+
+
+def test_spectral_norm_updates_its_vectors() -> None:
+    model = Net()
+    nn.utils.parametrizations.spectral_norm(model.first)
+    trains_like_eager(model)
+
+
+def test_batch_norm_in_eval_mode() -> None:
+    trains_like_eager(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 2)).eval())
+
+
+def test_tied_and_frozen_parameters() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    model[2].weight.requires_grad_(False)
+    trains_like_eager(model)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_recomputes_with_the_same_numbers(use_reentrant: bool) -> None:
+    inner = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+
+    class Checkpointed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Any) -> Any:
+            h = checkpoint(self.inner, self.first(x), use_reentrant=use_reentrant)
+            return self.second(h)
+
+    step = trains_like_eager(Checkpointed())
+    phases = {op.loc.phase for op in function_of(step).ops}
+    assert Phase.RECOMPUTE in phases
+
+    inner.append(nn.Dropout(0.5))
+    ops = function_of(compiled(Checkpointed(), (X,))).ops
+    sites = [op.attrs["site"] for op in ops if op.name == "rng.uniform.default"]
+    assert len(sites) == 2 and sites[0] == sites[1]
+
+
+def test_autocast() -> None:
+    class Half(Net):
+        def forward(self, x: Any) -> Any:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x).float()
+
+    step = trains_like_eager(Half())
+    assert any(r.type.dtype is torch.bfloat16 for op in function_of(step).ops for r in op.results)
+
+
+class _Clipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        ctx.save_for_backward(x)
+        return x.clamp(-1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return grads[0] * (1 + 0 * x)
+
+
+def test_custom_autograd_function() -> None:
+    trains_like_eager(Net(_Clipped.apply))
+
+
+def test_hooks_of_modules_and_tensors() -> None:
+    def triple(module: Any, grads: Any, outer: Any) -> Any:
+        return (grads[0] * 3,)
+
+    def hooked() -> Net:
+        model = Net()
+        model.first.register_forward_hook(lambda m, args, out: out * 2)
+        model.second.register_full_backward_hook(triple)
+        model.first.weight.register_hook(lambda grad: grad * 0.5)  # not kept by deepcopy
+        return model
+
+    trains_like_eager(hooked(), eager=hooked())
+
+
+def in_place(x: Any) -> Any:
+    y = x.clone()
+    y[:, 1:3].mul_(2)
+    y.t()[0].add_(1)
+    y.unsqueeze(0).select(0, 0)[1] = 0.0
+    return y.relu_()
+
+
+def test_in_place_through_views() -> None:
+    trains_like_eager(Net(in_place))
+
+
+# -- inputs and outputs -------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    x: Any
+    y: Any
+
+
+def test_nested_batch() -> None:
+    def loss_fn(model: Any, batch: Any, pair: Any) -> Any:
+        return F.mse_loss(model(batch["x"][0]), pair.y) + pair.x.mean()
+
+    trains_like_eager(Net(), ({"x": [X]}, Pair(X, torch.ones(4, 3))), loss_fn)
+
+
+def test_same_tensor_twice_is_two_inputs() -> None:
+    def loss_fn(model: Any, a: Any, b: Any) -> Any:
+        return (model(a) * model(b)).mean()
+
+    step = compiled(Net(), (X, X), loss_fn)
+    eager = Net()
+    other = X * 2
+    torch.testing.assert_close(step(X, other), loss_fn(eager, X, other).detach())
+
+
+def test_non_contiguous_batch() -> None:
+    trains_like_eager(Net(), (torch.randn(6, 4).t(),))
+
+
+def test_zero_size_batch() -> None:
+    def loss_fn(model: Any, x: Any) -> Any:
+        return model(x).sum()
+
+    trains_like_eager(Net(), (torch.zeros(0, 6),), loss_fn)
+
+
+def test_metrics_beside_the_loss() -> None:
+    def loss_fn(model: Any, x: Any) -> Any:
+        out = model(x)
+        return (out**2).mean(), {"largest": out.max()}
+
+    loss, metrics = compiled(Net(), (X,), loss_fn)(X)
+    assert loss.shape == () and set(metrics) == {"largest"}
+
+
+def test_writes_to_the_batch_stay_inside() -> None:
+    def loss_fn(model: Any, x: Any) -> Any:
+        x.mul_(2)
+        return (model(x) ** 2).mean()
+
+    x = X.clone()
+    step = compiled(Net(), (x,), loss_fn)
+    wanted = loss_fn(Net(), x.clone())
+    torch.testing.assert_close(step(x), wanted.detach())
+
+
+# -- state --------------------------------------------------------------------------------------
+
+
+def test_attribute_and_buffer_that_are_replaced() -> None:
+    class Moving(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.average = torch.zeros(3)
+
+        def forward(self, x: Any) -> Any:
+            out = super().forward(x)
+            self.average = 0.9 * self.average + 0.1 * out.detach().mean(0)
+            self.scale = self.scale * 0.5
+            return out * self.scale + self.average
+
+    model = Moving()
+    trains_like_eager(model)
+    assert type(model.average) is torch.Tensor and float(model.scale) == 0.25
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_weight_norm_of_old() -> None:
+    """It puts a new tensor in the place of `weight` before each forward pass."""
+
+    def normed() -> Net:
+        model = Net()
+        nn.utils.weight_norm(model.first)
+        return model
+
+    trains_like_eager(normed(), eager=normed())
+
+
+def test_counter_in_a_buffer() -> None:
+    class Counts(Net):
+        calls: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.tensor(0))
+
+        def forward(self, x: Any) -> Any:
+            self.calls += 1
+            return super().forward(x) * self.calls
+
+    trains_like_eager(Counts())
+
+
+def test_parameters_in_one_memory_that_do_not_overlap() -> None:
+    def flat() -> Net:
+        model = Net()
+        memory = torch.arange(42.0) / 42
+        model.first.weight.data = memory[:36].view(6, 6)
+        model.first.bias.data = memory[36:]
+        return model
+
+    trains_like_eager(flat(), eager=flat())
+
+
+class Counting(Net):
+    """Counts its calls in Python."""
+
+    def __init__(self, used: bool) -> None:
+        super().__init__()
+        self.used, self.calls = used, 0
+
+    def forward(self, x: Any) -> Any:
+        self.calls += 1
+        return super().forward(x) * (self.calls if self.used else 1)
+
+
+class Remembering(Net):
+    """Keeps its last output."""
+
+    def __init__(self, used: bool) -> None:
+        super().__init__()
+        self.used, self.last = used, None
+
+    def forward(self, x: Any) -> Any:
+        out = super().forward(x)
+        if self.used and self.last is not None:
+            out = out + self.last
+        self.last = out.detach()
+        return out
+
+
+@pytest.mark.parametrize("kind", [Counting, Remembering])
+def test_attributes_that_the_next_step_would_see(kind: Callable[[bool], Model]) -> None:
+    trains_like_eager(kind(False))
+    error = refused("SS1019", "", kind(True))
+    assert "calls" in error.what or "last" in error.what
+
+
+def test_data_of_a_parameter_is_the_parameter() -> None:
+    class Clamped(Net):
+        def forward(self, x: Any) -> Any:
+            self.first.weight.data.clamp_(-0.1, 0.1)
+            return super().forward(x)
+
+    trains_like_eager(Clamped())
+
+
+def test_state_that_overlaps_is_refused() -> None:
+    model = Net()
+    model.register_buffer("row", model.first.weight.detach()[0])
+
+    def loss_fn(model: Any, x: Any) -> Any:
+        return (model(x) * model.row.sum()).mean()
+
+    refused("SS1018", "", model, (X,), loss_fn)
+
+
+def test_model_without_data() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from shoestring.frontend.capture import capture_step
+
+    with FakeTensorMode():
+        model, x = Net(), torch.empty(4, 6)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    captured = capture_step(model, mean_square, optimizer, (x,))
+    verify(captured.function)
+    assert {p.path for p in captured.function.params} >= {"first.weight", "second.bias"}
+
+
+def test_dropout_differs_by_step_and_repeats_by_seed() -> None:
+    def loss_fn(model: Any, x: Any) -> Any:
+        return model(x).mean() + 0 * model[0].weight.sum()
+
+    x = torch.ones(100, 100)
+
+    def losses() -> list[float]:
+        first = nn.Linear(100, 100)
+        nn.init.zeros_(first.weight)
+        nn.init.ones_(first.bias)
+        model = nn.Sequential(first, nn.Dropout(0.25))
+        step = shoestring.compile(
+            model, loss_fn, torch.optim.SGD(model.parameters(), lr=0.0), (x,), backend="reference"
+        )
+        return [float(step(x)) for _ in range(3)]
+
+    first = losses()
+    assert first == losses() and len(set(first)) == 3
+    assert all(abs(v - 1) < 0.03 for v in first)

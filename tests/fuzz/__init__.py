@@ -1,0 +1,1 @@
+"""Random training programs: eager PyTorch, the interpreter and compiled code must agree."""
