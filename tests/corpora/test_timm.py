@@ -7,6 +7,7 @@ fp32 rounding grows tenfold a step.
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ import torch
 from .families import Batch, no_dropout
 from .no_torchvision import import_timm
 from .training import compare, eager_losses
+
+if find_spec("timm") is None:
+    pytest.skip("timm installs with --no-deps only: .ci/run does", allow_module_level=True)
 
 timm = import_timm()
 FIXED = ("vit", "coatnet")  # positions, and so the size of images, are part of the model
