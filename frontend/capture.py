@@ -31,7 +31,8 @@ from .bindings import (
     StateBinding,
 )
 from .embedding import PaddedEmbeddings, has_padded_embeddings
-from .intact import Attributes, Carried, NoPeeking, no_hidden_randomness, plain_recurrence
+from .intact import Attributes, Carried, NoPeeking, no_hidden_randomness
+from .library import traceable_library
 from .modules import module_paths
 from .optimizers import rule_of, static_value
 from .optimizers.tracing import Updates
@@ -233,7 +234,7 @@ class _Session:
             with (
                 torch.random.fork_rng(devices=[]),
                 no_hidden_randomness(),
-                plain_recurrence(),
+                traceable_library(),
                 module_paths(self.model, self.tracer),
                 self.tracer,
                 NoPeeking(self.tracer),

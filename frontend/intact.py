@@ -183,17 +183,6 @@ def no_hidden_randomness() -> Iterator[None]:
         )
 
 
-@contextmanager
-def plain_recurrence() -> Iterator[None]:
-    """An LSTM becomes matrix products and pointwise ops, not one op of a vendor's library."""
-    before = torch._C._get_mkldnn_enabled()  # pyright: ignore[reportPrivateUsage]
-    torch._C._set_mkldnn_enabled(False)  # pyright: ignore[reportPrivateUsage]
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)  # pyright: ignore[reportPrivateUsage]
-
-
 class NoPeeking(TorchFunctionMode):
     """Refuses to hand a tensor's data to Python where the tracer would not see it."""
 
