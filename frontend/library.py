@@ -1,6 +1,7 @@
 """Modules of PyTorch that read a tensor's value in Python, or call a vendor's library.
 
-While a model is traced they run in a form that gives the same results and does not.
+While a model is traced they run in a form that gives the same results and does not. The forms stand
+in PyTorch's classes for as long as a capture takes, and act on traced tensors alone.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _batch_norm(original: Any) -> Any:
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         tracks = self.training and self.track_running_stats and self.num_batches_tracked is not None
-        if self.momentum is not None or not tracks:
+        if self.momentum is not None or not tracks or not isinstance(input, FakeTensor):
             return original(self, input)
         self._check_input_dim(input)
         mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
@@ -77,7 +78,7 @@ def _encoder(original: Any) -> Any:
 
     def forward(self: Any, src: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         trained = src.requires_grad or any(p.requires_grad for p in self.layers[0].parameters())
-        if not (torch.is_grad_enabled() and trained):
+        if not (torch.is_grad_enabled() and trained and isinstance(src, FakeTensor)):
             return original(self, src, *args, **kwargs)
         before = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)

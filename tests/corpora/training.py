@@ -35,8 +35,8 @@ class Outcome:
     detail: str
 
 
-def train(family: Family, *, double: bool = False) -> Outcome:
-    """Ten steps of AdamW, eager and compiled by the reference backend."""
+def train(family: Family, *, double: bool = False, backend: str = "c") -> Outcome:
+    """Ten steps of AdamW, eager and compiled."""
     try:
         model, batch = build(family)
         if double:
@@ -47,24 +47,26 @@ def train(family: Family, *, double: bool = False) -> Outcome:
         return Outcome("unbuildable", _line(error))
     except Exception as error:
         return Outcome("unbuildable", f"eager: {_line(error)}")
-    outcome = compare(model, batch, wanted)
+    outcome = compare(model, batch, wanted, backend=backend)
     if outcome.kind != "MISMATCH" or double:
         return outcome
-    again = train(family, double=True)
+    again = train(family, double=True, backend=backend)
     kind = "rounding" if again.kind == "equal" else "MISMATCH"
     return Outcome(kind, f"{outcome.detail}; f64: {again.detail}")
 
 
 def compare(
-    model: torch.nn.Module, batch: Batch, wanted: list[float], loss_fn: LossFn = loss_fn
+    model: torch.nn.Module,
+    batch: Batch,
+    wanted: list[float],
+    loss_fn: LossFn = loss_fn,
+    backend: str = "c",
 ) -> Outcome:
-    """The compiled losses against those of eager PyTorch."""
+    """The compiled losses, after the default passes, against those of eager PyTorch."""
     start = time.perf_counter()
     try:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        step = shoestring.compile(
-            model, loss_fn, optimizer, (batch,), backend="reference", passes=()
-        )
+        step = shoestring.compile(model, loss_fn, optimizer, (batch,), backend=backend)
         function = next(iter(step.programs.values())).captured.function
         seconds = time.perf_counter() - start
         check_text(function)

@@ -1,6 +1,6 @@
 """Trains every tiny Hugging Face family ten steps, eager and compiled, and prints a table.
 
-    python tests/sweeps/huggingface.py [kind or type or kind:type ...] [--double] [--jobs 2]
+    python tests/sweeps/huggingface.py [kind or type or kind:type ...] [--double] [--backend c] [--jobs 2]
 
 What the outcomes mean is said in `tests/corpora/training.py`.
 """
@@ -26,6 +26,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("only", nargs="*")
     parser.add_argument("--double", action="store_true")
+    parser.add_argument("--backend", default="c")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--part", type=int)
     options = parser.parse_args()
@@ -44,7 +45,7 @@ def main() -> int:
     for family in chosen[options.part or 0 :: options.jobs if options.part is not None else 1]:
         signal.alarm(LIMIT)
         try:
-            outcome = train(family, double=options.double)
+            outcome = train(family, double=options.double, backend=options.backend)
         except TooLong:
             outcome = Outcome("timeout", f"more than {LIMIT} s")
         signal.alarm(0)
