@@ -24,12 +24,14 @@ class MomentBinding:
         group: the number of its parameter group, by which missing state is made.
         key: the entry's name.
         dtype: the entry's type; `optimizer.load_state_dict` may change it.
+        nbytes: its size.
     """
 
     param: torch.Tensor
     group: int
     key: str
     dtype: torch.dtype
+    nbytes: int
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,7 +52,9 @@ def _batch_norm(original: Any) -> Any:
             return original(self, input)
         self._check_input_dim(input)
         mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
-        result = functional.batch_norm(input, mean, var, self.weight, self.bias, True, 1.0, self.eps)
+        result = functional.batch_norm(
+            input, mean, var, self.weight, self.bias, True, 1.0, self.eps
+        )
         with torch.no_grad():
             share = 1.0 / self.num_batches_tracked.add_(1).double()
             for running, new in ((self.running_mean, mean), (self.running_var, var)):

@@ -15,6 +15,7 @@ _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 _SAMPLE_SECONDS = 0.005
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 @dataclass(slots=True)
@@ -67,6 +68,17 @@ def release() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def return_freed_memory() -> None:
+    """From now on blocks of 1 MiB and more go back to the system as soon as they are freed.
+
+    By default the C library keeps ever larger ones in its heap, where small ones between them hold
+    them: the memory of a process then grows beyond what is used.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if option is not None:
+        option(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 @contextmanager

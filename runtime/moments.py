@@ -64,6 +64,14 @@ class Moments:
         state.update(made)
         self._new.update({(id(p), key): value for key, value in made.items()})
 
+    def missing_bytes(self, bindings: Sequence[Binding]) -> int:
+        """Bytes of the entries that the next step will make."""
+        return sum(b.nbytes for b in bindings if isinstance(b, MomentBinding) and self._lacks(b))
+
+    def _lacks(self, binding: MomentBinding) -> bool:
+        state = self.optimizer.state.get(binding.param, {})
+        return state.get(binding.key) is None
+
     def have_types_of(self, bindings: Sequence[Binding]) -> bool:
         """Whether the state's types are those that a program was compiled for."""
         state = self.optimizer.state

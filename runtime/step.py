@@ -193,6 +193,16 @@ class Step(_Compiled):
         self.programs[key] = program
         return program
 
+    def bytes_to_come(self, batch: Sequence[Any]) -> int | None:
+        """What the first step with this batch adds to the memory of the process, in bytes.
+
+        The arena, which no step has touched yet, state that the optimizer does not have yet, and
+        what library calls take beside the arena; None where the backend does not say.
+        """
+        program = self.program(batch)
+        own: int | None = getattr(program.executable, "unbound_bytes", None)
+        return None if own is None else own + self.moments.missing_bytes(program.captured.bindings)
+
     def tensor_of(
         self, role: Role, path: str, binding: Binding, batch: Sequence[torch.Tensor]
     ) -> torch.Tensor:

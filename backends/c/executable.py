@@ -104,10 +104,21 @@ class CExecutable:
         return self.program.plan.arena_bytes
 
     @property
+    def transient_bytes(self) -> int:
+        """The most that a library op without an out variant takes outside of the arena."""
+        copied = [i for i in self._all if isinstance(i, CallTorch) and i.way is Way.COPIED]
+        return max((sum(r.type.nbytes for r in i.op.results) for i in copied), default=0)
+
+    @property
+    def unbound_bytes(self) -> int:
+        """What a step needs beside its arguments: the arena and what libraries take beside it."""
+        return self.arena_bytes + self.transient_bytes
+
+    @property
     def total_bytes(self) -> int:
-        """Parameters, state, constants and arena: what a step needs."""
+        """Parameters, state, constants, arena and transients: what a step needs."""
         params = sum(p.value.type.nbytes for p in self.function.params)
-        return params + sum(t.nbytes for t in self._constants) + self.arena_bytes
+        return params + sum(t.nbytes for t in self._constants) + self.unbound_bytes
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:

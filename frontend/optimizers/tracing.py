@@ -117,6 +117,6 @@ class Updates:
                 continue
             kept = present.get(key)
             type_ = type_of(made if kept is None else kept)
-            self.bindings[path] = MomentBinding(p, index, key, type_.dtype)
+            self.bindings[path] = MomentBinding(p, index, key, type_.dtype, type_.nbytes)
             state[key] = self.tracer.input(type_, Role.MOMENT, path)
         return state

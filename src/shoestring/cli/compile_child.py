@@ -1,7 +1,6 @@
 """Compiles the default step in a fresh process and prints the seconds that it took.
 
-Run as `python -m shoestring.cli.compile_child THREADS BACKEND OPTIONS`: a compile is cold or warm
-by the kernel cache alone, and not by what else the process has done.
+So a compile is cold or warm by the kernel cache alone, and not by what else the process has done.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def measure_compile(options: WorkloadOptions, backend: str) -> tuple[float, floa
 
 
 def _one(options: WorkloadOptions, backend: str, cache: str) -> float:
-    command = [sys.executable, "-m", "shoestring.cli.compile_child"]
+    command = [sys.executable, "-c", "from shoestring.cli import compile_child as c; c.main()"]
     done = subprocess.run(
         [*command, str(torch.get_num_threads()), backend, options_text(options)],
         stdout=subprocess.PIPE,
@@ -42,6 +41,12 @@ def _one(options: WorkloadOptions, backend: str, cache: str) -> float:
     if done.returncode:
         raise RuntimeFault("SS5103", f"the compiling process ended with {done.returncode}")
     return float(json.loads(done.stdout)["seconds"])
+
+
+def main() -> None:
+    """The child: `THREADS BACKEND OPTIONS` are the arguments."""
+    threads, backend, text = sys.argv[1:]
+    _serve(int(threads), backend, options_from(text))
 
 
 def _serve(threads: int, backend: str, options: WorkloadOptions) -> None:
@@ -54,7 +59,3 @@ def _serve(threads: int, backend: str, options: WorkloadOptions) -> None:
             work.model, work.loss_fn, work.optimizer, work.example_batch, backend=backend, seed=seed
         )
         print(json.dumps({"seconds": time.perf_counter() - begin}))
-
-
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]), sys.argv[2], options_from(sys.argv[3]))

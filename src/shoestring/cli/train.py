@@ -12,7 +12,14 @@ from typing import Any, Literal
 from tyro.conf import OmitArgPrefixes
 
 from shoestring.ir.errors import RuntimeFault, UsageError
-from shoestring.runtime.memory import MemoryUse, current_rss, measure_peak, peak_rss, release
+from shoestring.runtime.memory import (
+    MemoryUse,
+    current_rss,
+    measure_peak,
+    peak_rss,
+    release,
+    return_freed_memory,
+)
 from shoestring.runtime.progress import StepRecord, make_progress
 from shoestring.runtime.trace import TracedStep
 from shoestring.runtime.trainer import Trainer, TrainOptions, TrainResult
@@ -105,6 +112,7 @@ class _Session:
         options = self.command.run_
         with ExitStack() as stack:
             peer = None
+            return_freed_memory()
             if options.compare == "eager":
                 print("starting plain PyTorch in a process of its own")
                 peer = stack.enter_context(Peer(self.command.workload))
@@ -135,8 +143,10 @@ class _Session:
         )
         self.side.compile_seconds = time.perf_counter() - begin
         self.side.compile_peak = peak_rss()
-        executable = step.program(work.example_batch).executable
-        self.side.predicted_peak = getattr(executable, "total_bytes", None)
+        to_come = step.bytes_to_come(work.example_batch)
+        if to_come is not None:
+            release()
+            self.side.predicted_peak = current_rss() + to_come
         print(f"compiled in {self.side.compile_seconds:.1f} s; {_prediction(self.side)}")
         return step
 
@@ -207,7 +217,7 @@ def _prediction(side: Side) -> str:
     """What the compiler says about memory."""
     if side.predicted_peak is None:
         return "this backend does not predict memory"
-    return f"a step will need {side.predicted_peak / 2**20:,.1f} MiB for state and values"
+    return f"training will need {side.predicted_peak / 2**20:,.0f} MiB, libraries included"
 
 
 def _check_weights(peer: Peer, work: Workload) -> None:
