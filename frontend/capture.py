@@ -7,6 +7,7 @@ the code refers to in whatever way (tied weights, `_flat_weights`, closures) is 
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -97,6 +98,12 @@ class _Names:
             for j, p in enumerate(group["params"]):
                 self.table.setdefault(id(p), (Role.PARAMETER, f"#group{i}.params.{j}"))
 
+    def anew(self) -> _Names:
+        """The same names for another capture, which counts its own constants."""
+        other = copy.copy(self)
+        other.unknown = 0
+        return other
+
     def __call__(self, tensor: torch.Tensor) -> tuple[Role, str]:
         if id(tensor) in self.table:
             return self.table[id(tensor)]
@@ -126,9 +133,10 @@ def capture_step(
         CaptureError: SS1xxx with the user's file and line.
     """
     rule_of(optimizer)
+    names = _Names(model, optimizer)
 
     def capture(carried: Carried | None) -> tuple[Captured, Carried]:
-        session = _Session("step", model, optimizer, carried)
+        session = _Session("step", model, optimizer, names.anew(), carried)
         captured = _capture_step(session, loss_fn, optimizer, batch, options)
         return captured, session.attributes.carried
 
@@ -162,8 +170,10 @@ def _capture_step(
 def capture_forward(model: torch.nn.Module, inputs: Sequence[Any]) -> Captured:
     """The forward pass alone, without gradients; outputs of any nesting."""
 
+    names = _Names(model, None)
+
     def capture(carried: Carried | None) -> tuple[Captured, Carried]:
-        session = _Session("forward", model, None, carried)
+        session = _Session("forward", model, None, names.anew(), carried)
         return _capture_forward(session, inputs), session.attributes.carried
 
     return _repeatable(capture)
@@ -209,11 +219,12 @@ class _Session:
         name: str,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer | None,
+        names: _Names,
         carried: Carried | None,
     ) -> None:
         self.model = model
         self.attributes = Attributes(model, carried)
-        self.names = _Names(model, optimizer)
+        self.names = names
         self.tracer = Tracer(name, self.names, _user_fake_mode(model))
         self.bindings: dict[str, Binding] = {}
         self.static: dict[tuple[int, str], Any] = {}

@@ -50,14 +50,15 @@ class Carried:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The modules as the next step would find them."""
-        before = [(module, dict(vars(module))) for module, *_ in self.values]
-        for module, name, _, value in self.values:
-            vars(module)[name] = value
+        tables = [_table(module, value) for module, _, _, value in self.values]
+        before = [dict(table) for table in tables]
+        for table, (_, name, _, value) in zip(tables, self.values, strict=True):
+            table[name] = value
         try:
             yield
         finally:
-            for module, attributes in reversed(before):
-                _refill(vars(module), attributes)
+            for table, entries in zip(reversed(tables), reversed(before), strict=True):
+                _refill(table, entries)
 
     def refuse_other(self, first: Function, second: Function) -> None:
         """Complains where the next step would be another program.
@@ -65,7 +66,7 @@ class Carried:
         Raises:
             CaptureError: SS1019.
         """
-        if not same_structure(first, second):
+        if not same_structure(first, second, locations=False):
             raise self.refusal()
 
     def refusal(self) -> CaptureError:
@@ -122,12 +123,12 @@ class Attributes:
     def _carry(
         self, tracer: Tracer, module: torch.nn.Module, name: str, full: str, new: Any
     ) -> None:
-        """Notes a tensor that takes the place of nothing, or a number or text that changes."""
+        """Notes a tensor in the place of nothing, or a number, a text or a module that changes."""
         if isinstance(new, FakeTensor):
             log.warning("%s holds a tensor of the traced step; it is not kept up", full)
             with tracer.untraced():
                 new = torch.zeros(new.shape, dtype=new.dtype)
-        if isinstance(new, (bool, int, float, str, torch.Tensor)):
+        if isinstance(new, (bool, int, float, str, torch.Tensor)) or _is_lasting(new):
             self.carried.values.append((module, name, full, new))
 
     def restore(self) -> None:
@@ -149,6 +150,18 @@ def _changed(
         for name, new in after.items():
             if new is not before.get(name):
                 yield name, before.get(name), new
+
+
+def _table(module: torch.nn.Module, value: Any) -> dict[str, Any]:
+    """Where a module keeps an attribute of that value."""
+    return vars(module)["_modules"] if isinstance(value, torch.nn.Module) else vars(module)
+
+
+def _is_lasting(value: Any) -> bool:
+    """Whether it is a module, and none of its tensors was made by the traced step."""
+    if not isinstance(value, torch.nn.Module):
+        return False
+    return not any(isinstance(t, FakeTensor) for t in (*value.parameters(), *value.buffers()))
 
 
 def _refill(table: dict[str, Any], before: dict[str, Any]) -> None:

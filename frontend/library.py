@@ -46,7 +46,7 @@ def _plain_recurrence() -> Iterator[None]:
 def _batch_norm(original: Any) -> Any:
     """`momentum=None` averages over all batches; PyTorch reads their number to get the weight."""
 
-    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+    def forward(self: Any, input: torch.Tensor) -> Any:
         tracks = self.training and self.track_running_stats and self.num_batches_tracked is not None
         if self.momentum is not None or not tracks or not isinstance(input, FakeTensor):
             return original(self, input)
@@ -67,7 +67,7 @@ def _batch_norm(original: Any) -> Any:
 def _detect_is_causal_mask(original: Any) -> Any:
     """Whether a mask is the causal one chooses a kernel: the mask itself is right for each."""
 
-    def detect(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+    def detect(mask: Any, is_causal: bool | None = None, size: int | None = None) -> Any:
         if isinstance(mask, FakeTensor):
             return is_causal is True
         return original(mask, is_causal, size)
@@ -76,9 +76,9 @@ def _detect_is_causal_mask(original: Any) -> Any:
 
 
 def _encoder(original: Any) -> Any:
-    """With a padding mask the fast path looks at its values first, even where it cannot be taken."""
+    """With a padding mask the fast path looks at its values before it asks if it can be taken."""
 
-    def forward(self: Any, src: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self: Any, src: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         trained = src.requires_grad or any(p.requires_grad for p in self.layers[0].parameters())
         if not (torch.is_grad_enabled() and trained and isinstance(src, FakeTensor)):
             return original(self, src, *args, **kwargs)

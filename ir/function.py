@@ -206,8 +206,8 @@ class Function:
         return Function(self.name, params, tuple(ops), outputs)
 
 
-def same_structure(a: Function, b: Function) -> bool:
-    """Whether two functions are equal up to the identity of their values."""
+def same_structure(a: Function, b: Function, *, locations: bool = True) -> bool:
+    """Whether two functions are equal up to the identity of their values, or also to locations."""
     pairs: dict[Value, Value] = {}
 
     def same(x: Operand, y: Operand) -> bool:
@@ -230,7 +230,7 @@ def same_structure(a: Function, b: Function) -> bool:
         return False
     for x, y in zip(a.ops, b.ops, strict=True):
         attrs_x, attrs_y = dict(x.attrs), dict(y.attrs)
-        if x.name != y.name or x.loc != y.loc or repr(attrs_x) != repr(attrs_y):
+        if x.name != y.name or repr(attrs_x) != repr(attrs_y) or (locations and x.loc != y.loc):
             return False
         if not same(x.operands, y.operands) or not define(x.results, y.results):  # type: ignore[arg-type]
             return False

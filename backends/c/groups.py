@@ -10,6 +10,7 @@ back.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from .atoms import Atoms, Run
 from .nodes import Base, Node, Ref, Work, WorkList
@@ -50,7 +51,7 @@ class Unit:
     outer: Run | None = None
     reduces_all: bool = False
     inputs: set[int] = field(default_factory=set[int])
-    first: int = 0
+    users: set[int] = field(default_factory=set[int])
     last: int = 0
 
 
@@ -85,9 +86,11 @@ class Grouping:
 
     def _new_unit(self, placed: Placed, library: bool = False) -> Unit:
         node = placed.node
-        unit = Unit(node.index, [placed], library, first=node.index, last=node.index)
+        unit = Unit(node.index, [placed], library, last=node.index)
         producers = (r.base.node for r in node.refs)
         unit.inputs = {self.unit_of[n] for n in producers if n is not None}
+        for i in unit.inputs:
+            self.units[i].users.add(unit.index)
         self.units[unit.index] = unit
         self.unit_of[node] = unit.index
         self.placed[node] = placed
@@ -207,7 +210,8 @@ class Grouping:
             self.unit_of[placed.node] = a.index
         a.nodes = sorted((*a.nodes, *b.nodes), key=lambda p: p.node.index)
         a.inputs = {self._current(i) for i in a.inputs | b.inputs} - {a.index, b.index}
-        a.first, a.last = min(a.first, b.first), max(a.last, b.last)
+        a.users = {self._current(i) for i in a.users | b.users} - {a.index, b.index}
+        a.last = max(a.last, b.last)
         b.nodes = []
         b.full = (a.index,)  # where it went
 
@@ -218,22 +222,29 @@ class Grouping:
         return index
 
     def _reaches(self, source: Unit, target: Unit) -> bool:
-        """Whether `target` depends on `source` through a third unit; True in doubt."""
-        stack = [self._current(i) for i in target.inputs]
-        stack = [i for i in stack if i not in (source.index, target.index)]
+        """Whether `target` depends on `source` through a third unit; True in doubt.
+
+        Searched from both ends: in a long program at least one of them is mostly near its edge.
+        """
+        found = self._path(target, source, "inputs")
+        if found is None:
+            found = self._path(source, target, "users")
+        return found is not False
+
+    def _path(self, start: Unit, goal: Unit, step: Literal["inputs", "users"]) -> bool | None:
+        """Whether a path of two or more steps leads to `goal`; None after too many units."""
+        near: set[int] = getattr(start, step)
+        stack = [i for i in map(self._current, near) if i not in (start.index, goal.index)]
         seen = set(stack)
         while stack:
-            unit = self.units[stack.pop()]
             if len(seen) > MAX_SEARCH:
-                return True
-            if unit.last < source.first:
-                continue
-            for i in {self._current(i) for i in unit.inputs}:
-                if i == source.index:
+                return None
+            further: set[int] = getattr(self.units[stack.pop()], step)
+            for i in {self._current(i) for i in further} - seen:
+                if i == goal.index:
                     return True
-                if i not in seen:
-                    seen.add(i)
-                    stack.append(i)
+                seen.add(i)
+                stack.append(i)
         return False
 
     def finished(self) -> list[Unit]:

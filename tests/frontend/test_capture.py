@@ -497,3 +497,33 @@ def test_dropout_differs_by_step_and_repeats_by_seed() -> None:
     first = losses()
     assert first == losses() and len(set(first)) == 3
     assert all(abs(v - 1) < 0.03 for v in first)
+
+
+class Switching(torch.nn.Module):
+    """Replaces a part of itself in its first call, as BigBird does for short texts."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.mode, self.again = "long", again
+        self.part: torch.nn.Module = torch.nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.mode == "long":
+            self.mode = "short"
+            self.part = torch.nn.Sequential(self.part, torch.nn.Tanh())
+        elif self.again:
+            return self.part(self.part(x))
+        return self.part(x)
+
+
+def test_a_part_replaced_in_the_first_call() -> None:
+    model, x = Switching(again=False), torch.randn(2, 3)
+    part = model.part
+    infer = shoestring.compile(model, example_inputs=(x,), backend="reference")
+    assert model.mode == "long" and model.part is part
+    torch.testing.assert_close(infer(x), part(x).tanh().detach())
+
+
+def test_a_part_replaced_that_changes_the_next_call() -> None:
+    with pytest.raises(CaptureError, match="SS1019"):
+        shoestring.compile(Switching(again=True), example_inputs=(torch.randn(2, 3),))

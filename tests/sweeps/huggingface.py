@@ -1,6 +1,6 @@
 """Trains every tiny Hugging Face family ten steps, eager and compiled, and prints a table.
 
-    python tests/sweeps/huggingface.py [kind or type or kind:type ...] [--double] [--backend c] [--jobs 2]
+    python tests/sweeps/huggingface.py [kind, type or kind:type ...] [--double] [--backend c]
 
 What the outcomes mean is said in `tests/corpora/training.py`.
 """
