@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shoestring.backends.c import CBackend
-from shoestring.ir import Builder, Role, TensorType, Value, parse_type
+from shoestring.ir import Builder, Role, TensorType, Value, parse, parse_type
 
 from .helpers import compare
 
@@ -269,3 +269,24 @@ def test_equal_layers_share_kernels() -> None:
     b.output("y", x)
     executable = compare(b.build(), [torch.randn(16, 16) for _ in range(5)], rtol=1e-5)
     assert [k.calls for k in executable.kernels] == [4]
+
+
+def test_a_small_early_value_pulls_no_kernel_across_a_product() -> None:
+    """`v` is read before and after the product: with both readers its kernel would be a cycle."""
+    function = parse("""
+func @f {
+  batch %x: f32[8,4] "#batch.0"
+  batch %m: f32[4,4] "#batch.1"
+  batch %w: f32[4] "#batch.2"
+  %a: f32[8,4] = aten.mul.Tensor(%x, 2.0)
+  %s: f32[8,1] = aten.mean.dim(%a) {dim=[-1], keepdim=true}
+  %g: f32[8,4] = aten.mul.Tensor(%a, %s)
+  %b: f32[8,4] = aten.mm.default(%g, %m)
+  %c: f32[8,4] = aten.mul.Tensor(%a, %s)
+  %v: f32[4] = aten.add.Tensor(%w, 1.0)
+  %d: f32[8,4] = aten.mul.Tensor(%c, %v)
+  %e: f32[8,4] = aten.mul.Tensor(%b, %v)
+  return d=%d, e=%e
+}
+""")
+    compare(function, [torch.randn(8, 4), torch.randn(4, 4), torch.randn(4)])
