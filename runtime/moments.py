@@ -77,7 +77,7 @@ class Moments:
         state = self.optimizer.state
         for b in bindings:
             if isinstance(b, MomentBinding):
-                entry = state[b.param].get(b.key)
+                entry = state.get(b.param, {}).get(b.key)
                 if entry is not None and entry.dtype != b.dtype:
                     return False
         return True

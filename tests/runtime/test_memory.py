@@ -1,0 +1,54 @@
+"""What a step will need is said before it runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+import shoestring
+
+
+def loss(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().mean()
+
+
+def test_bytes_to_come() -> None:
+    model = torch.nn.Linear(64, 32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    batch = (torch.randn(8, 64),)
+    step = shoestring.compile(model, loss, optimizer, batch)
+    executable = step.program(batch).executable
+    arena = executable.unbound_bytes  # type: ignore[attr-defined]
+    moments = 2 * 4 * (64 * 32 + 32)
+    counts = 2 * 4
+    assert step.bytes_to_come(batch) == arena + moments + counts
+    assert not optimizer.state
+    step(*batch)
+    assert step.bytes_to_come(batch) == arena
+
+
+def test_the_reference_says_nothing() -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    batch = (torch.randn(1, 2),)
+    step = shoestring.compile(model, loss, optimizer, batch, backend="reference")
+    assert step.bytes_to_come(batch) is None
+
+
+def test_freed_memory_is_returned() -> None:
+    """In a process of its own: it is a setting of the whole process."""
+    script = """
+import torch
+from shoestring.runtime.memory import current_rss, return_freed_memory
+return_freed_memory()
+kept = []
+before = current_rss()
+for _ in range(40):
+    block = torch.ones(2 << 20)
+    kept.append(torch.ones(64))
+    del block
+assert current_rss() - before < 8 << 20
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
