@@ -1,7 +1,7 @@
 """Modules of PyTorch that read a tensor's value in Python, or call a vendor's library.
 
 While a model is traced they run in a form that gives the same results and does not. The forms stand
-in PyTorch's classes for as long as a capture takes, and act on traced tensors alone.
+in PyTorch's classes for as long as a capture takes; they are right for tensors with data as well.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from torch.nn.modules import transformer
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
@@ -48,7 +47,7 @@ def _batch_norm(original: Any) -> Any:
 
     def forward(self: Any, input: torch.Tensor) -> Any:
         tracks = self.training and self.track_running_stats and self.num_batches_tracked is not None
-        if self.momentum is not None or not tracks or not isinstance(input, FakeTensor):
+        if self.momentum is not None or not tracks:
             return original(self, input)
         self._check_input_dim(input)
         mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
@@ -64,13 +63,11 @@ def _batch_norm(original: Any) -> Any:
     return forward
 
 
-def _detect_is_causal_mask(original: Any) -> Any:
+def _detect_is_causal_mask(_: Any) -> Any:
     """Whether a mask is the causal one chooses a kernel: the mask itself is right for each."""
 
-    def detect(mask: Any, is_causal: bool | None = None, size: int | None = None) -> Any:
-        if isinstance(mask, FakeTensor):
-            return is_causal is True
-        return original(mask, is_causal, size)
+    def detect(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return is_causal is True
 
     return detect
 
@@ -80,7 +77,7 @@ def _encoder(original: Any) -> Any:
 
     def forward(self: Any, src: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         trained = src.requires_grad or any(p.requires_grad for p in self.layers[0].parameters())
-        if not (torch.is_grad_enabled() and trained and isinstance(src, FakeTensor)):
+        if not (torch.is_grad_enabled() and trained):
             return original(self, src, *args, **kwargs)
         before = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)

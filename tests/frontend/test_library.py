@@ -66,6 +66,35 @@ def test_transformer_encoder_with_a_mask_of_the_batch(causal: bool, train: bool)
     check_three_steps(Encoder().train(train), torch.randn(2, 5, 8), mask)
 
 
+class Masked(Encoder):
+    """The mask is a buffer, as it is in many models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(5)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return self.encoder(x, self.mask)
+
+
+def test_transformer_encoder_with_a_mask_of_its_own() -> None:
+    check_three_steps(Masked(), torch.randn(2, 5, 8))
+
+
+def test_cumulative_batch_norm_of_a_parameter() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(3, momentum=None)
+            self.given = torch.nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.given) * x
+
+    check_three_steps(Model(), torch.randn(3))
+
+
 def test_transformer_encoder_evaluated_with_padding() -> None:
     mask = torch.zeros(5, 5, dtype=torch.bool).triu(1)
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
