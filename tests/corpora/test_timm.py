@@ -14,7 +14,7 @@ import torch
 
 from .families import Batch, no_dropout
 from .no_torchvision import import_timm
-from .training import compare, eager_losses
+from .training import Wide, compare, eager_losses
 
 if find_spec("timm") is None:
     pytest.skip("timm installs with --no-deps only: .ci/run does", allow_module_level=True)
@@ -25,7 +25,8 @@ NAMES = sorted(timm.list_models("test_*"))
 
 
 def loss_fn(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(model(batch["x"]), batch["y"])
+    with Wide():
+        return torch.nn.functional.cross_entropy(model(batch["x"]), batch["y"])
 
 
 def test_there_are_eighteen() -> None:
