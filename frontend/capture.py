@@ -169,7 +169,6 @@ def _capture_step(
 
 def capture_forward(model: torch.nn.Module, inputs: Sequence[Any]) -> Captured:
     """The forward pass alone, without gradients; outputs of any nesting."""
-
     names = _Names(model, None)
 
     def capture(carried: Carried | None) -> tuple[Captured, Carried]:

@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch.nn import functional
 
 import shoestring
 
-
-def sum_of_squares(model: torch.nn.Module, *batch: torch.Tensor) -> torch.Tensor:
-    return model(*batch).square().mean()
-
-
-def check_three_steps(model: torch.nn.Module, *batch: torch.Tensor) -> None:
-    """Losses, parameters and buffers of three compiled steps, against eager's."""
-    eager = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(eager.parameters(), lr=0.1)
-    mine = torch.optim.SGD(model.parameters(), lr=0.1)
-    step = shoestring.compile(model, sum_of_squares, mine, batch, backend="reference")
-    for _ in range(3):
-        optimizer.zero_grad()
-        wanted = sum_of_squares(eager, *batch)
-        wanted.backward()
-        optimizer.step()
-        torch.testing.assert_close(step(*batch), wanted.detach())
-    torch.testing.assert_close(model.state_dict(), eager.state_dict())
+from .test_capture import trains_like_eager
 
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_cumulative_batch_norm(affine: bool) -> None:
     norm = torch.nn.BatchNorm1d(3, momentum=None, affine=affine)
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), norm, torch.nn.Linear(3, 2))
-    check_three_steps(model, torch.randn(5, 4) + 1)
+    trains_like_eager(model, (torch.randn(5, 4) + 1,))
     assert norm.num_batches_tracked == 3
 
 
@@ -63,7 +44,7 @@ class Encoder(torch.nn.Module):
 def test_transformer_encoder_with_a_mask_of_the_batch(causal: bool, train: bool) -> None:
     mask = torch.nn.Transformer.generate_square_subsequent_mask(5)
     mask = mask if causal else mask.T.contiguous()
-    check_three_steps(Encoder().train(train), torch.randn(2, 5, 8), mask)
+    trains_like_eager(Encoder().train(train), (torch.randn(2, 5, 8), mask))
 
 
 class Masked(Encoder):
@@ -72,14 +53,19 @@ class Masked(Encoder):
     def __init__(self) -> None:
         super().__init__()
         mask = torch.nn.Transformer.generate_square_subsequent_mask(5)
-        self.register_buffer("mask", mask)
+        self.register_buffer("causal", mask)
 
-    def forward(self, x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return self.encoder(x, self.mask)
+    def forward(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        padding: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.encoder(x, self.causal, padding)
 
 
 def test_transformer_encoder_with_a_mask_of_its_own() -> None:
-    check_three_steps(Masked(), torch.randn(2, 5, 8))
+    trains_like_eager(Masked(), (torch.randn(2, 5, 8),))
 
 
 def test_cumulative_batch_norm_of_a_parameter() -> None:
@@ -92,13 +78,13 @@ def test_cumulative_batch_norm_of_a_parameter() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(self.given) * x
 
-    check_three_steps(Model(), torch.randn(3))
+    trains_like_eager(Model(), (torch.randn(3),))
 
 
 def test_transformer_encoder_evaluated_with_padding() -> None:
     mask = torch.zeros(5, 5, dtype=torch.bool).triu(1)
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    check_three_steps(Encoder().eval(), torch.randn(2, 5, 8), mask, padding)
+    trains_like_eager(Encoder().eval(), (torch.randn(2, 5, 8), mask, padding))
 
 
 def test_pytorch_is_as_before() -> None:

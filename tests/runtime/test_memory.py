@@ -8,6 +8,7 @@ import sys
 import torch
 
 import shoestring
+from shoestring.backends.c import CExecutable
 
 
 def loss(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -20,7 +21,8 @@ def test_bytes_to_come() -> None:
     batch = (torch.randn(8, 64),)
     step = shoestring.compile(model, loss, optimizer, batch)
     executable = step.program(batch).executable
-    arena = executable.unbound_bytes  # type: ignore[attr-defined]
+    assert isinstance(executable, CExecutable)
+    arena = executable.unbound_bytes
     moments = 2 * 4 * (64 * 32 + 32)
     counts = 2 * 4
     assert step.bytes_to_come(batch) == arena + moments + counts
