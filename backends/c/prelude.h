@@ -3,7 +3,9 @@
 #include <math.h>
 #include <stdint.h>
 
+#ifndef SS_INLINE
 #define SS_INLINE static inline __attribute__((always_inline, unused))
+#endif
 
 /* Products that are rounded once, where the machine has them. */
 #ifdef __FMA__
