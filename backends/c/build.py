@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +21,9 @@ FLAGS = (
     "-std=gnu11", "-O3", "-march=native", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fwrapv",
     "-fno-math-errno", "-fno-trapping-math", "-w",
 )  # fmt: skip
-PRELUDE = Path(__file__).with_name("prelude.h")
+HERE = Path(__file__).parent
+HEADERS = ("prelude.h", "vector.h", "gemm.h")
+RUNTIME = ("gemm.c",)  # written by hand, compiled once for a machine and linked to every library
 JOBS = max(2, os.cpu_count() or 1)
 
 
@@ -111,11 +113,30 @@ def build(sources: Sequence[str]) -> Build:
             the cache cannot be written.
     """
     compiler = find_compiler()
-    key = _key(compiler, sources)
+    texts = {f"kernels{i}.c": source for i, source in enumerate(sources)}
+
+    def make(work: Path) -> None:
+        with ThreadPoolExecutor(JOBS) as pool:
+            objects = pool.submit(_runtime, compiler)
+            _compile(compiler, texts, work)
+        _link(compiler, [*(f"{Path(name).stem}.o" for name in texts), *objects.result()], work)
+
+    return _cached(_key(compiler, texts), "kernels.so", make)
+
+
+def _runtime(compiler: str) -> list[str]:
+    """Paths of the objects of everything that is written by hand."""
+    texts = {name: (HERE / name).read_text() for name in RUNTIME}
+    last = f"{Path(RUNTIME[-1]).stem}.o"
+    built = _cached(_key(compiler, texts), last, lambda work: _compile(compiler, texts, work))
+    return [str(built.source / f"{Path(name).stem}.o") for name in RUNTIME]
+
+
+def _cached(key: str, product: str, make: Callable[[Path], None]) -> Build:
+    """The folder of the cache for `key`, filled by `make` unless its product is there and whole."""
     folder = cache_folder() / key[:2] / key
-    library = folder / "kernels.so"
-    if _intact(library):
-        return Build(library, folder, True)
+    if _intact(folder / product):
+        return Build(folder / product, folder, True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f"{key[:8]}.", dir=folder.parent))
@@ -125,15 +146,18 @@ def build(sources: Sequence[str]) -> Build:
             "SS4203", f"the kernel cache {folder} cannot be written", str(error), hint
         ) from error
     try:
-        _compile(compiler, sources, work)
-        _publish(work, folder)
+        make(work)
+        made = work / product
+        made.with_suffix(".sha256").write_text(_digest(made))
+        _publish(work, folder, product)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return Build(library, folder, False)
+    return Build(folder / product, folder, False)
 
 
-def _key(compiler: str, sources: Sequence[str]) -> str:
-    parts = [*sources, PRELUDE.read_text(), *flags(), compiler_version(compiler), cpu_identity(),
+def _key(compiler: str, texts: Mapping[str, str]) -> str:
+    ours = [(HERE / name).read_text() for name in (*HEADERS, *RUNTIME)]
+    parts = [*texts.values(), *ours, *flags(), compiler_version(compiler), cpu_identity(),
              str(links_own_openmp())]  # fmt: skip
     digest = hashlib.sha256()
     for part in parts:
@@ -153,16 +177,18 @@ def _intact(library: Path) -> bool:
         return False
 
 
-def _compile(compiler: str, sources: Sequence[str], work: Path) -> None:
-    (work / "prelude.h").write_text(PRELUDE.read_text())
-    files = [work / f"kernels{i}.c" for i in range(len(sources))]
-    for file, source in zip(files, sources, strict=True):
-        file.write_text(source)
+def _compile(compiler: str, texts: Mapping[str, str], work: Path) -> None:
+    for name in HEADERS:
+        (work / name).write_text((HERE / name).read_text())
+    for name, text in texts.items():
+        (work / name).write_text(text)
     with ThreadPoolExecutor(JOBS) as pool:
-        list(pool.map(lambda f: _compile_one(compiler, f, work), files))
-    link = [compiler, "-shared", *(f"{f.stem}.o" for f in files), "-o", "kernels.so", "-lm"]
+        list(pool.map(lambda name: _compile_one(compiler, work / name, work), texts))
+
+
+def _link(compiler: str, objects: Sequence[str], work: Path) -> None:
+    link = [compiler, "-shared", *objects, "-o", "kernels.so", "-lm"]
     _run([*link, "-lgomp"] if links_own_openmp() else link, work)
-    (work / "kernels.sha256").write_text(_digest(work / "kernels.so"))
 
 
 def _compile_one(compiler: str, file: Path, work: Path) -> None:
@@ -185,12 +211,12 @@ def _run(command: list[str], work: Path) -> None:
         raise BackendError("SS4202", what, first, "report this as a bug, with the emitted source")
 
 
-def _publish(work: Path, folder: Path) -> None:
+def _publish(work: Path, folder: Path, product: str) -> None:
     """Moves a finished build into its place. Another process may have been faster; either is good.
 
     Files go one by one by rename, the hash last: a reader sees a whole entry or none.
     """
     folder.mkdir(exist_ok=True)
     for file in sorted(work.iterdir(), key=lambda f: f.suffix == ".sha256"):
-        if file.suffix != ".o":
+        if file.suffix != ".o" or file.suffix == Path(product).suffix:
             os.replace(file, folder / file.name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,11 +16,11 @@ from shoestring.ir import DTYPE_NAMES, Function
 from shoestring.ir.errors import RuntimeFault
 
 from ..instructions import CallKernel, CallTorch, Copy, Instruction, Program, Region, Space, Way
-from ..memory import ALIGNMENT
 from .library import bind_call
 from .lower import KernelInfo
 
 Call = Callable[[], object]
+HUGE_PAGE = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class CExecutable:
         self.sources = tuple(sources)
         self.info = info
         self._library = library
-        self._arena = _aligned_bytes(program.plan.arena_bytes)
+        self._arena = _arena(program.plan.arena_bytes)
         self._constants = [t.contiguous() for t in program.constants]
         self._held: list[torch.Tensor | None] = [None] * len(program.function.params)
         self._keys: list[tuple[int, tuple[int, ...]] | None] = [None] * len(self._held)
@@ -303,10 +305,15 @@ def _users(
     return calls, outs
 
 
-def _aligned_bytes(count: int) -> torch.Tensor:
-    raw = torch.empty(count + ALIGNMENT, dtype=torch.uint8)
-    start = -raw.data_ptr() % ALIGNMENT
-    return raw[start : start + count]
+def _arena(count: int) -> torch.Tensor:
+    """Zeroed pages, huge ones where they are to be had; a tensor that no kernel can resize."""
+    if count == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    pages = mmap.mmap(-1, count)
+    if count >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def _must_stage(arguments: Sequence[torch.Tensor], written: set[int]) -> set[int]:

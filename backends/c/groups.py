@@ -12,8 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .atoms import Atoms, Run
+from .atoms import Atoms, Run, strides_of
+from .layout import row_major
 from .nodes import Base, Node, Ref, Work, WorkList
+from .products import Axes, axes_of, walks
 from .reductions import keeps_dims, reduced_dims
 
 MAX_NODES = 96
@@ -53,6 +55,11 @@ class Unit:
     inputs: set[int] = field(default_factory=set[int])
     users: set[int] = field(default_factory=set[int])
     last: int = 0
+
+    @property
+    def product(self) -> Placed | None:
+        """The matrix product whose epilogue the other nodes are."""
+        return next((p for p in self.nodes if p.node.work is Work.PRODUCT), None)
 
 
 class Grouping:
@@ -98,7 +105,7 @@ class Grouping:
 
     def _place(self, node: Node) -> Placed:
         """Fresh loops, one a dimension."""
-        if node.work is Work.POINTWISE:
+        if node.work in (Work.POINTWISE, Work.PRODUCT):
             dims = [self.atoms.fresh(n) for n in node.outs[0].shape]
             return Placed(node, dims, dims)
         source = node.refs[0]
@@ -120,7 +127,7 @@ class Grouping:
             return
         mark = self.atoms.mark()
         tied = self._tie_all(a, b) and self._tie_rest(a, b)
-        merged = self._levels(a, b) if tied else None
+        merged = self._levels(a, b) if tied and self._is_epilogue(a, b) else None
         if merged is None or self._reaches(a, b) or self._reaches(b, a):
             self.atoms.undo(mark)
             return
@@ -205,6 +212,28 @@ class Grouping:
     def _reduce_whole(self, a: Unit, b: Unit, whole: set[int]) -> bool:
         return all(set(self.atoms.resolve(u.full)) == whole for u in (a, b) if u.reduces_all)
 
+    def _is_epilogue(self, a: Unit, b: Unit) -> bool:
+        """Whether both together are at most one product and what is done to each element of it."""
+        product = a.product or b.product
+        if product is None:
+            return True
+        nodes = [*a.nodes, *b.nodes]
+        works = [p.node.work for p in nodes]
+        if works.count(Work.PRODUCT) > 1 or Work.REDUCTION in works:
+            return False
+        axes = axes_of(self.atoms, product.domain)
+        return all(self._walks(axes, p) for p in nodes)
+
+    def _walks(self, axes: Axes, placed: Placed) -> bool:
+        """Whether a node of an epilogue goes through its memory row by row, as the product does."""
+        node = placed.node
+        if not _covers(self.atoms, axes, placed):
+            return False
+        views = [(placed.result, node.outs[0].shape, row_major(node.outs[0].shape).strides)]
+        if not reads_whole(node):
+            views += [(_dims_of(placed, r), r.shape, r.layout.strides) for r in node.refs]
+        return all(walks(self.atoms, axes, strides_of(self.atoms, *v)) for v in views)
+
     def _absorb(self, a: Unit, b: Unit) -> None:
         for placed in b.nodes:
             self.unit_of[placed.node] = a.index
@@ -267,8 +296,20 @@ def _wide_readers(work: WorkList) -> dict[Base, int]:
 
 
 def reads_whole(node: Node) -> bool:
-    """Whether the node reads its operands as a whole: a random key."""
-    return node.name in ("rng.uniform.default", "rng.bits.default")
+    """Whether the node reads its operands as a whole: a random key, the sides of a product."""
+    keyed = node.name in ("rng.uniform.default", "rng.bits.default")
+    return keyed or node.work is Work.PRODUCT
+
+
+def _covers(atoms: Atoms, axes: Axes, placed: Placed) -> bool:
+    """Whether a node has one element for each of the product's."""
+    mine = atoms.resolve(a for run in placed.result for a in run)
+    return set(mine) == {a for axis in axes for a in axis}
+
+
+def _dims_of(placed: Placed, ref: Ref) -> list[Run]:
+    """The runs of a view that a node reads; missing outer dimensions broadcast."""
+    return placed.domain[len(placed.domain) - len(ref.shape) :]
 
 
 def reduced_dims_of(node: Node) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ from .expressions import (
     store,
     widened,
 )
-from .groups import Placed, Unit, reduced_dims_of
+from .groups import Placed, Unit, reads_whole, reduced_dims_of
 from .nodes import Base, Node, Ref, Work
 from .reductions import REDUCTIONS, Reduction, accumulator
 
@@ -62,6 +62,8 @@ class Kernel:
         buffers: what each pointer must point to, in order, and its element type.
         written: positions in `buffers` that it writes.
         ops: the IR ops that it carries out.
+        helper: functions that the body calls; `@` stands for the kernel's name, here and there.
+        scratch: bytes that it needs, behind the last of its pointers.
     """
 
     body: str
@@ -70,6 +72,13 @@ class Kernel:
     written: tuple[int, ...]
     ops: tuple[str, ...]
     stem: str
+    helper: str = ""
+    scratch: int = 0
+
+    @property
+    def text(self) -> str:
+        """What makes two kernels one function."""
+        return f"{self.helper}void @(void *const *b) {{\n{self.body}\n}}\n"
 
 
 @dataclass(frozen=True)
@@ -202,7 +211,7 @@ class KernelWriter:
                     (0 if p in self.stores else 1, p.node.index, self._result_access(p))
                 )
             for ref in p.node.refs:
-                if ref.base not in self.members and p.node.name not in _KEYED:
+                if ref.base not in self.members and not reads_whole(p.node):
                     accesses.append((1, p.node.index, self._access(p, ref)))
         accesses.sort(key=lambda a: (-len(a[2].strides), a[0], a[1]))
         self.accesses = [a for _, _, a in accesses]
@@ -391,14 +400,16 @@ class KernelWriter:
         for p in self.stores:
             if self.level[p.node] == "none":
                 self._store(p)
-        return self._finish()
+        return self._finish(self._body_text())
 
-    def _finish(self) -> Kernel:
+    def _body_text(self) -> str:
         head = [
             f"    {'' if written else 'const '}{MEMORY[dtype]} *restrict p{i} = b[{i}];"
             for i, (dtype, written) in enumerate(self.pointers.values())
         ]
-        body = "\n".join([*head, *(f"    {s}" for s in self.scalars), *self.text.lines])
+        return "\n".join([*head, *(f"    {s}" for s in self.scalars), *self.text.lines])
+
+    def _finish(self, body: str, helper: str = "", scratch: int = 0) -> Kernel:
         nodes = [p.node for p in self.unit.nodes]
         written = tuple(i for i, (_, w) in enumerate(self.pointers.values()) if w)
         comment = [
@@ -411,6 +422,8 @@ class KernelWriter:
             written,
             tuple(n.op.name for n in nodes),
             _stem(nodes),
+            helper,
+            scratch,
         )
 
     def _none_level(self, stage: int) -> None:

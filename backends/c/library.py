@@ -50,7 +50,12 @@ WITHOUT_OUT = frozenset(
     {
         "aten.as_strided.default",
         "aten.view.dtype",
-        "aten.binary_cross_entropy.default",  # computes in the result, one number for a mean
+        # These compute all elements in the result, or resize it, before they take the mean.
+        "aten.binary_cross_entropy.default",
+        "aten.huber_loss.default",
+        "aten.mse_loss.default",
+        "aten.smooth_l1_loss.default",
+        "aten.soft_margin_loss.default",
     }
 )
 

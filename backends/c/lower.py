@@ -27,9 +27,11 @@ from .groups import Grouping, Unit
 from .kernels import Kernel, KernelWriter
 from .library import way_of
 from .nodes import Base, NodeOperand, Ref, WorkList, normalize
+from .product_kernels import ProductWriter
 from .schedule import Order, schedule
 
 SOURCE_FILES = 4
+HEADER_OF = {"gemm.h": "ss_gemm"}
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class _Emitter:
     stored: set[Base]
     buffers: dict[Base, Buffer] = field(default_factory=dict[Base, Buffer])
     arena: list[Buffer] = field(default_factory=list[Buffer])
+    extra: list[Buffer] = field(default_factory=list[Buffer])
     constants: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
     names: dict[str, str] = field(default_factory=dict[str, str])
     texts: dict[str, str] = field(default_factory=dict[str, str])
@@ -144,7 +147,8 @@ class _Emitter:
         outputs = tuple(self.region(self.work.refs[o.value]) for o in self.work.function.outputs)
         plan = plan_memory(self.lifetimes(instructions, copies, outputs))
         program = Program(
-            self.work.function, tuple(dict.fromkeys(self.buffers.values())), tuple(instructions),
+            self.work.function, (*dict.fromkeys(self.buffers.values()), *self.extra),
+            tuple(instructions),
             copies, outputs, tuple(self.constants), plan,
         )  # fmt: skip
         infos = [
@@ -171,20 +175,31 @@ class _Emitter:
         return operand
 
     def kernel_call(self, unit: Unit) -> CallKernel:
-        kernel = KernelWriter(
+        writer = KernelWriter if unit.product is None else ProductWriter
+        kernel = writer(
             unit, self.grouping.atoms, self.buffer_of, self.stored, self.order.in_place
         ).write()
-        if kernel.body not in self.names:
-            self.names[kernel.body] = f"k{len(self.names)}_{kernel.stem}"
-        self.calls.setdefault(kernel.body, []).append(kernel)
+        if kernel.text not in self.names:
+            self.names[kernel.text] = f"k{len(self.names)}_{kernel.stem}"
+        self.calls.setdefault(kernel.text, []).append(kernel)
         pointers = tuple(
             Region(b, dtype, 0, *_flat(b.nbytes // dtype.itemsize)) for b, dtype in kernel.buffers
         )
+        if kernel.scratch:
+            pointers += (self.scratch(kernel),)
         made = [b for p in unit.nodes for b in p.node.outs if b in self.stored]
         results: dict[Value, Region] = {b.value: self.whole(b) for b in made if b.value is not None}
         written = tuple(pointers[i] for i in kernel.written)
         loc = _loc_of([p.node.op for p in unit.nodes])
-        return CallKernel(self.names[kernel.body], pointers, written, results, kernel.ops, loc)
+        return CallKernel(self.names[kernel.text], pointers, written, results, kernel.ops, loc)
+
+    def scratch(self, kernel: Kernel) -> Region:
+        """Memory that one call of a kernel needs beside what it reads and writes."""
+        name = self.names[kernel.text]
+        buffer = Buffer(Space.ARENA, len(self.arena), kernel.scratch, f"scratch of {name}")
+        self.arena.append(buffer)
+        self.extra.append(buffer)
+        return Region(buffer, torch.uint8, 0, *_flat(kernel.scratch))
 
     # -- memory --------------------------------------------------------------------------------
 
@@ -214,7 +229,7 @@ class _Emitter:
         parts: list[list[str]] = [[] for _ in range(count)]
         for text in texts:
             min(parts, key=lambda part: sum(map(len, part))).append(text)
-        return ['#include "prelude.h"\n\n' + "\n".join(part) for part in parts]
+        return [_file("\n".join(part)) for part in parts]
 
     def _function(self, body: str, name: str) -> str:
         kernels = self.calls[body]
@@ -223,7 +238,13 @@ class _Emitter:
             if len(kernels) > 1
             else ""
         )
-        return f"{more}{kernels[0].comment}\nvoid {name}(void *const *b) {{\n{body}\n}}\n"
+        return f"{more}{kernels[0].comment}\n{body.replace('@', name)}"
+
+
+def _file(text: str) -> str:
+    """A C file: what it includes, and kernels."""
+    headers = [name for name, use in HEADER_OF.items() if use in text]
+    return "".join(f'#include "{name}"\n' for name in (*headers, "prelude.h")) + f"\n{text}"
 
 
 def _flat(count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -18,6 +18,7 @@ from shoestring.ir import Function, Kind, Loc, Number, Op, Value, lookup, operan
 
 from .expressions import has_expression, scalar_fill
 from .layout import VIEWS, Layout, row_major, split_parts
+from .products import has_bias, is_product
 from .reductions import has_reduction, reduced_dims
 
 # A constant of more elements than this is computed by each step instead of being kept.
@@ -66,6 +67,7 @@ class Work(Enum):
 
     POINTWISE = "pointwise"
     REDUCTION = "reduction"
+    PRODUCT = "product"
     LIBRARY = "library"
 
 
@@ -159,6 +161,9 @@ class WorkList:
     def visit(self, op: Op) -> None:
         if self.view(op) or self.fold(op):
             return
+        if is_product(op):
+            self.product(op)
+            return
         # `new_zeros(x, ...)` takes no element of x, whose shape may be another.
         work = classify(op)
         filled = work is Work.POINTWISE and scalar_fill(op) is not None
@@ -194,6 +199,23 @@ class WorkList:
             self.refs[r] = Ref(source.base, layout)
         self.learn(op)
         return True
+
+    def product(self, op: Op) -> None:
+        """A matrix product; a bias is added by a node of its own, before the result is rounded."""
+        r, operands = op.result, tuple(self.bind(o) for o in op.operands)
+        biased = has_bias(op)
+        if biased:
+            label = f"product of {describe(r, op)}"
+            made = self.base(torch.float32, r.type.static_shape, label)
+        else:
+            made = self.base(r.type.dtype, r.type.static_shape, describe(r, op), value=r)
+        self.add(Work.PRODUCT, op.name, op, operands[biased:], [made])
+        whole = Ref(made, row_major(made.shape))
+        if biased:
+            out = self.base(r.type.dtype, made.shape, describe(r, op), value=r)
+            self.add(Work.POINTWISE, "aten.add.Tensor", op, (whole, operands[0]), [out], {})
+            whole = Ref(out, row_major(out.shape))
+        self.refs[r] = whole
 
     def trivial(self, op: Op) -> bool:
         """A reduction over dimensions of size one is a conversion."""

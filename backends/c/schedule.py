@@ -6,7 +6,7 @@ import heapq
 from dataclasses import dataclass, field
 
 from .atoms import Atoms
-from .groups import Unit
+from .groups import Unit, reads_whole
 from .layout import row_major
 from .nodes import Base, Ref, WorkList
 
@@ -93,6 +93,8 @@ def _same_position(unit: Unit, old: Base, new: Base, atoms: Atoms) -> bool:
         for ref in placed.node.refs:
             if ref.base is not old:
                 continue
+            if reads_whole(placed.node):
+                return False
             whole = (
                 row_major(ref.shape) == ref.layout
                 and ref.layout.numel == row_major(old.shape).numel

@@ -12,7 +12,14 @@ import torch
 
 from shoestring.backends import Backend, backend_names, get_backend
 from shoestring.backends.c import CBackend
-from shoestring.backends.c.build import PRELUDE, build, find_compiler, links_own_openmp
+from shoestring.backends.c.build import (
+    HEADERS,
+    HERE,
+    RUNTIME,
+    build,
+    find_compiler,
+    links_own_openmp,
+)
 from shoestring.backends.matrix import Support, matrix, matrix_text
 from shoestring.ir import Builder, Function, Role, core_set, parse_type
 from shoestring.ir.errors import BackendError
@@ -104,7 +111,7 @@ def test_numbers_are_part_of_the_key() -> None:
     assert two.run([x])[0].tolist() == [2, 2, 2]
     assert three.run([x])[0].tolist() == [3, 3, 3]
     assert not three.info.cache_hit
-    assert PRELUDE.exists()
+    assert all((HERE / name).exists() for name in (*HEADERS, *RUNTIME))
 
 
 def test_facts_of_an_executable() -> None:

@@ -1,0 +1,353 @@
+/* Matrix products of any size and layout: C = A B, with what follows done while C is in the cache.
+ *
+ * The product is computed in tiles of ROWS x COLS that stay in registers over a block of K. For each
+ * block of A's rows and each panel of COLS columns of B
+ *
+ *     for each block of K:   pack the panel of B (block x COLS, stays in L2)
+ *         for each ROWS rows of A:   tile += A[rows, block] * panel
+ *     finish: hand the tiles to the epilogue, which stores them
+ *
+ * A is read where it is when K is contiguous in it; otherwise its block is packed first. Threads
+ * split rows and columns, never K: results are equal for every number of threads.
+ *
+ * A `unit` is what one lane of a multiply-add takes of K: one f32, or a pair of bf16 where the
+ * machine multiplies pairs. bf16 elsewhere is widened to f32 while packing.
+ *
+ * Source of the loop order: Goto and van de Geijn, "Anatomy of high-performance matrix
+ * multiplication", ACM TOMS 34(3), 2008.
+ */
+#include "gemm.h"
+
+#include <omp.h>
+#include <stdlib.h>
+
+#include "vector.h"
+
+enum {
+#if SS_LANES == 16
+    ROWS = 8,
+    VECS = 3,
+#elif SS_LANES == 8
+    ROWS = 6,
+    VECS = 2,
+#else
+    ROWS = 4,
+    VECS = 3,
+#endif
+    COLS = VECS * SS_LANES,
+    KC = 384,                /* units of K in a packed panel of B */
+    MC = 256 / ROWS * ROWS,  /* most rows of A that share a packed panel */
+    PACKED_A = 2 << 20,      /* most bytes of packed A at a time */
+};
+
+#if defined(__AVX512BF16__) && SS_LANES == 16
+#define PAIRS 1
+#else
+#define PAIRS 0
+#endif
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+/* -- the tile ----------------------------------------------------------------------------------- */
+
+/* Rows of A: unit k of row i is at p + i * row + k * unit bytes. */
+typedef struct {
+    const char *p;
+    int64_t row, unit;
+} Rows;
+
+SS_INLINE ss_vf multiply_add(const char *a, ss_vf b, ss_vf acc, const int pairs) {
+#if PAIRS
+    if (pairs) {
+        int32_t word;
+        memcpy(&word, a, 4);
+        return (ss_vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(word), (__m512bh)b);
+    }
+#endif
+    float x;
+    memcpy(&x, a, 4);
+    return ss_vfma(ss_vset(x), b, acc);
+}
+
+/* tile[ROWS, COLS] (+)= A[ROWS, units] * panel[units, COLS], the first `vecs` vectors of each row.
+ * Rows beyond `rows` repeat the last one. Constants after inlining: vecs, pairs, packed. */
+SS_INLINE void tile_body(const int vecs, const int pairs, const int packed, int add, int64_t units,
+                         int64_t rows, Rows a, const float *panel, float *tile) {
+    ss_vf acc[ROWS][VECS];
+    const char *at[ROWS];
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++) {
+        at[i] = packed ? a.p + 4 * i : a.p + least(i, rows - 1) * a.row;
+#pragma GCC unroll 3
+        for (int v = 0; v < vecs; v++)
+            acc[i][v] = add ? ss_vload(tile + i * COLS + v * SS_LANES) : ss_vset(0.0f);
+    }
+    const int64_t step = packed ? 4 * ROWS : 4;
+    for (int64_t k = 0; k < units; k++) {
+        ss_vf b[VECS];
+#pragma GCC unroll 3
+        for (int v = 0; v < vecs; v++) b[v] = ss_vload(panel + k * COLS + v * SS_LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) {
+            const char *word = (packed ? at[0] + 4 * i : at[i]) + k * step;
+#pragma GCC unroll 3
+            for (int v = 0; v < vecs; v++) acc[i][v] = multiply_add(word, b[v], acc[i][v], pairs);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++) {
+#pragma GCC unroll 3
+        for (int v = 0; v < vecs; v++) ss_vstore(tile + i * COLS + v * SS_LANES, acc[i][v]);
+    }
+}
+
+typedef void (*Tile)(int add, int64_t units, int64_t rows, Rows a, const float *panel, float *tile);
+
+#define TILE(vecs, pairs, packed)                                                                 \
+    static void tile_##vecs##pairs##packed(int add, int64_t units, int64_t rows, Rows a,          \
+                                           const float *panel, float *tile) {                     \
+        tile_body(vecs, pairs, packed, add, units, rows, a, panel, tile);                         \
+    }
+#define TILES(vecs) TILE(vecs, 0, 0) TILE(vecs, 0, 1) TILE(vecs, 1, 0) TILE(vecs, 1, 1)
+#define NAMES(vecs) {{tile_##vecs##00, tile_##vecs##01}, {tile_##vecs##10, tile_##vecs##11}}
+TILES(1)
+TILES(2)
+#if SS_LANES == 8
+static const Tile TILE_OF[VECS][2][2] = {NAMES(1), NAMES(2)};
+#else
+TILES(3)
+static const Tile TILE_OF[VECS][2][2] = {NAMES(1), NAMES(2), NAMES(3)};
+#endif
+
+/* -- packing ------------------------------------------------------------------------------------ */
+
+/* A matrix as the tile sees it: `k` along units, `j` across lanes. */
+typedef struct {
+    const char *p;
+    ss_type type;
+    int64_t k_stride, j_stride; /* elements */
+} Source;
+
+SS_INLINE float element(Source s, int64_t k, int64_t j) {
+    int64_t at = k * s.k_stride + j * s.j_stride;
+    if (s.type == SS_F32) return ((const float *)s.p)[at];
+    uint32_t bits = (uint32_t)((const uint16_t *)s.p)[at] << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+SS_INLINE uint32_t half(Source s, int64_t k, int64_t j) {
+    return ((const uint16_t *)s.p)[k * s.k_stride + j * s.j_stride];
+}
+
+/* One unit of one lane; what lies beyond K is zero. */
+SS_INLINE float unit(Source s, int64_t u, int64_t j, int64_t k_end, int pairs) {
+    if (!pairs) return element(s, u, j);
+    uint32_t low = half(s, 2 * u, j), high = 2 * u + 1 < k_end ? half(s, 2 * u + 1, j) : 0;
+    uint32_t word = low | high << 16;
+    float x;
+    memcpy(&x, &word, 4);
+    return x;
+}
+
+/* One vector of lanes of unit `u`, where lanes are contiguous in memory. */
+SS_INLINE ss_vf lanes(Source s, int64_t u, int64_t j, int64_t k_end, int pairs) {
+    if (s.type == SS_F32) return ss_vload((const float *)s.p + u * s.k_stride + j);
+    const uint16_t *p = (const uint16_t *)s.p + j;
+    if (!pairs) return ss_vload_bf16(p + u * s.k_stride);
+    ss_vh low, high = {0};
+    memcpy(&low, p + 2 * u * s.k_stride, sizeof low);
+    if (2 * u + 1 < k_end) memcpy(&high, p + (2 * u + 1) * s.k_stride, sizeof high);
+    return (ss_vf)(__builtin_convertvector(low, ss_vu) | __builtin_convertvector(high, ss_vu) << 16);
+}
+
+/* ROWS lanes of unit `u`, where lanes are contiguous in memory. */
+SS_INLINE void rows_of(Source s, int64_t u, int64_t j, int64_t k_end, int pairs, float *out) {
+    if (s.type == SS_F32) {
+        memcpy(out, (const float *)s.p + u * s.k_stride + j, 4 * ROWS);
+        return;
+    }
+    const int64_t k = pairs ? 2 * u : u;
+    const uint16_t *low = (const uint16_t *)s.p + k * s.k_stride + j, *high = low + s.k_stride;
+    uint32_t words[ROWS];
+    if (!pairs)
+        for (int l = 0; l < ROWS; l++) words[l] = (uint32_t)low[l] << 16;
+    else if (k + 1 < k_end)
+        for (int l = 0; l < ROWS; l++) words[l] = low[l] | (uint32_t)high[l] << 16;
+    else
+        for (int l = 0; l < ROWS; l++) words[l] = low[l];
+    memcpy(out, words, sizeof words);
+}
+
+#if SS_LANES == 16
+/* 16 rows of 16 words, `stride` bytes apart, turned: out[c] holds word c of every row. */
+SS_INLINE void transpose(const char *p, int64_t stride, float *out, int64_t out_stride) {
+    __m512i r[16], t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(p + i * stride);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { /* r[4 q + i]: words 4 l + i of rows 4 q .. 4 q + 3 in lane l */
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        float *o = out + i * out_stride;
+        _mm512_storeu_ps(o, (__m512)_mm512_shuffle_i32x4(t[i], t[8 + i], 0x88));
+        _mm512_storeu_ps(o + 4 * out_stride, (__m512)_mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88));
+        _mm512_storeu_ps(o + 8 * out_stride, (__m512)_mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd));
+        _mm512_storeu_ps(o + 12 * out_stride, (__m512)_mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd));
+    }
+}
+#endif
+
+/* out[units, width] = units [u0, u0 + units) of lanes [j0, j0 + count); lanes beyond are zero. */
+static void pack(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0, int64_t count,
+                 int64_t width, int pairs, float *out) {
+    int64_t j = 0;
+    if (s.j_stride == 1 && width == ROWS && count == ROWS) {
+        for (int64_t u = 0; u < units; u++) rows_of(s, u0 + u, j0, k_end, pairs, out + u * ROWS);
+        return;
+    }
+    if (s.j_stride == 1)
+        for (; j + SS_LANES <= count; j += SS_LANES)
+            for (int64_t u = 0; u < units; u++)
+                ss_vstore(out + u * width + j, lanes(s, u0 + u, j0 + j, k_end, pairs));
+#if SS_LANES == 16
+    const int whole = s.type == SS_F32 || (pairs && k_end % 2 == 0);
+    if (j == 0 && s.k_stride == 1 && whole)
+        for (; j + 16 <= count; j += 16) {
+            const int64_t size = s.type == SS_F32 ? 4 : 2;
+            const char *p = s.p + (j0 + j) * s.j_stride * size + u0 * 4;
+            int64_t u = 0;
+            for (; u + 16 <= units; u += 16)
+                transpose(p + 4 * u, s.j_stride * size, out + u * width + j, width);
+            for (; u < units; u++)
+                for (int64_t l = 0; l < 16; l++)
+                    out[u * width + j + l] = unit(s, u0 + u, j0 + j + l, k_end, pairs);
+        }
+#endif
+    if (j == width) return;
+    for (int64_t u = 0; u < units; u++) {
+        for (int64_t l = j; l < count; l++)
+            out[u * width + l] = unit(s, u0 + u, j0 + l, k_end, pairs);
+        for (int64_t l = count > j ? count : j; l < width; l++) out[u * width + l] = 0.0f;
+    }
+}
+
+/* -- one thread's part -------------------------------------------------------------------------- */
+
+typedef struct {
+    const ss_gemm *g;
+    int pairs, direct;
+    int64_t units, mc;
+} Shape;
+
+static Shape shape_of(const ss_gemm *g) {
+    Shape s = {g, PAIRS && g->type == SS_BF16, 0, g->k, MC};
+    if (s.pairs) s.units = (g->k + 1) / 2;
+    s.direct = g->a_col == 1 && (g->type == SS_F32 || (s.pairs && g->k % 2 == 0));
+    if (!s.direct) {
+        int64_t most = PACKED_A / (4 * (s.units > 0 ? s.units : 1)) / ROWS * ROWS;
+        s.mc = most < ROWS ? ROWS : least(most, MC);
+    }
+    s.mc = least(s.mc, blocks(g->m, ROWS) * ROWS);
+    return s;
+}
+
+static int64_t panel_floats(const Shape *s) { return least(s->units, KC) * COLS; }
+static int64_t tiles_floats(const Shape *s) { return s->mc * COLS; }
+static int64_t packed_floats(const Shape *s) { return s->direct ? 0 : s->mc * s->units; }
+
+int64_t ss_gemm_scratch(const ss_gemm *g) {
+    Shape s = shape_of(g);
+    int64_t floats = panel_floats(&s) + tiles_floats(&s) + packed_floats(&s);
+    return blocks(4 * floats, 64) * 64;
+}
+
+/* Rows [i0, i1) and columns [j0, j1) of matrix number `batch`. */
+static void part(const Shape *s, const char *a, const char *b, int64_t batch, int64_t i0, int64_t i1,
+                 int64_t j0, int64_t j1, void *const *buffers, float *scratch) {
+    const ss_gemm *g = s->g;
+    const int64_t size = g->type == SS_F32 ? 4 : 2;
+    const Source left = {a + batch * g->a_batch * size, g->type, g->a_col, g->a_row};
+    const Source right = {b + batch * g->b_batch * size, g->type, g->b_row, g->b_col};
+    float *panel = scratch, *tiles = panel + panel_floats(s), *packed = tiles + tiles_floats(s);
+    for (int64_t i = i0; i < i1; i += s->mc) {
+        const int64_t rows = least(s->mc, i1 - i);
+        if (!s->direct)
+            for (int64_t r = 0; r < rows; r += ROWS)
+                pack(left, 0, s->units, g->k, i + r, least(ROWS, rows - r), ROWS, s->pairs,
+                     packed + r * s->units);
+        for (int64_t j = j0; j < j1; j += COLS) {
+            const int64_t cols = least(COLS, j1 - j), vecs = blocks(cols, SS_LANES);
+            const Tile tile = TILE_OF[vecs - 1][s->pairs][!s->direct];
+            for (int64_t u = 0; u < s->units; u += KC) {
+                const int64_t units = least(KC, s->units - u);
+                pack(right, u, units, g->k, j, cols, COLS, s->pairs, panel);
+                for (int64_t r = 0; r < rows; r += ROWS) {
+                    const char *at = s->direct
+                                         ? left.p + (i + r) * g->a_row * size + 4 * u
+                                         : (const char *)(packed + r * s->units + u * ROWS);
+                    const Rows source = {at, g->a_row * size, 4};
+                    tile(u > 0, units, least(ROWS, rows - r), source, panel, tiles + r * COLS);
+                }
+            }
+            if (s->units == 0) memset(tiles, 0, 4 * rows * COLS);
+            g->finish(buffers, batch, i, j, rows, cols, tiles, COLS);
+        }
+    }
+}
+
+/* -- all threads -------------------------------------------------------------------------------- */
+
+/* How many threads share the rows; the others share the columns. Packing B is done by each thread
+ * that shares rows, so that splitting columns is better where rows are few. */
+static int64_t row_threads(const ss_gemm *g, int64_t threads) {
+    int64_t best = 1;
+    double least_work = 0;
+    for (int64_t t = 1; t <= threads; t++) {
+        if (threads % t) continue;
+        double rows = blocks(blocks(g->m, ROWS), t) * ROWS;
+        double cols = blocks(blocks(g->n, COLS), threads / t) * COLS;
+        double work = rows * cols + 4 * cols + 4 * rows;
+        if (t == 1 || work < least_work) best = t, least_work = work;
+    }
+    return best;
+}
+
+void ss_gemm_run(const ss_gemm *g, const void *a, const void *b, void *const *buffers,
+                 void *scratch, int64_t threads) {
+    const Shape s = shape_of(g);
+    const int64_t each = ss_gemm_scratch(g);
+    const int64_t most = least(threads, omp_get_max_threads());
+    const double work = (double)g->batch * g->m * g->n * (g->k + 8);
+    const int64_t used = work < 1 << 17 ? 1 : most;
+    const int64_t rows = g->batch >= used ? 1 : row_threads(g, used);
+    const int64_t cols = g->batch >= used ? 1 : used / rows;
+    const int64_t high = blocks(blocks(g->m, ROWS), rows) * ROWS;
+    const int64_t wide = blocks(blocks(g->n, COLS), cols) * COLS;
+    const int64_t parts = g->batch * rows * cols;
+#pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
+    for (int64_t p = 0; p < parts; p++) {
+        const int64_t batch = p / (rows * cols), i = p / cols % rows * high, j = p % cols * wide;
+        float *mine = (float *)((char *)scratch + omp_get_thread_num() * each);
+        part(&s, a, b, batch, i, least(i + high, g->m), j, least(j + wide, g->n), buffers, mine);
+    }
+}

@@ -1,0 +1,24 @@
+/* Matrix products: what generated code and gemm.c agree on. */
+#pragma once
+#include <stdint.h>
+
+typedef enum { SS_F32, SS_BF16 } ss_type;
+
+/* One block of a finished product: `rows` x `cols` f32 at `tile`, `stride` floats a row, which is
+ * C[row.., col..] of matrix number `batch`. */
+typedef void (*ss_finish)(void *const *b, int64_t batch, int64_t row, int64_t col, int64_t rows,
+                          int64_t cols, const float *tile, int64_t stride);
+
+/* C[m,n] = A[m,k] B[k,n], `batch` times. Strides count elements. */
+typedef struct {
+    int64_t batch, m, n, k;
+    ss_type type;                       /* of A and B; products are summed in f32 */
+    int64_t a_batch, a_row, a_col;
+    int64_t b_batch, b_row, b_col;
+    ss_finish finish;                   /* stores a block of C */
+} ss_gemm;
+
+/* Threads that may take part, and bytes of scratch that each needs. */
+int64_t ss_gemm_scratch(const ss_gemm *g);
+void ss_gemm_run(const ss_gemm *g, const void *a, const void *b, void *const *buffers,
+                 void *scratch, int64_t threads);

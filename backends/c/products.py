@@ -1,0 +1,55 @@
+"""Matrix products that generated code carries out, and the loops of what follows them.
+
+A product has three axes: matrices of a batch, rows, columns. Its epilogue is called with blocks of
+rows and columns; so what the epilogue reads and writes must be walked by one stride an axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from shoestring.ir import Op, operand_values
+
+from .atoms import Atoms, Run
+
+Axes = tuple[Run, Run, Run]
+
+PRODUCTS = frozenset({"aten.mm.default", "aten.bmm.default"})
+BIASED = frozenset({"aten.addmm.default", "aten.baddbmm.default"})
+TYPES = frozenset({torch.float32, torch.bfloat16})
+LEAST = 4  # rows and columns; below, a product is a sum over memory, which the library does better
+
+
+def has_bias(op: Op) -> bool:
+    return op.name in BIASED
+
+
+def is_product(op: Op) -> bool:
+    """Whether generated code takes the op: f32 or bf16 matrices that are not vectors."""
+    if op.name not in PRODUCTS | BIASED:
+        return False
+    if has_bias(op) and (op.attrs.get("alpha", 1) != 1 or op.attrs.get("beta", 1) != 1):
+        return False
+    types = [v.type for v in operand_values(op.operands)]
+    out = op.result.type
+    same = all(t.dtype is out.dtype for t in types) and out.dtype in TYPES
+    return same and all(t.numel for t in types) and min(out.static_shape[-2:]) >= LEAST
+
+
+def axes_of(atoms: Atoms, dims: Sequence[Run]) -> Axes:
+    """The loops of a product's batch, rows and columns."""
+    *batch, rows, cols = (atoms.resolve(run) for run in dims)
+    return tuple(a for run in batch for a in run), rows, cols
+
+
+def walks(atoms: Atoms, axes: Axes, strides: Mapping[int, int]) -> bool:
+    """Whether memory is walked by one stride an axis, and along columns element by element."""
+    straight = all(
+        strides.get(outer, 0) == strides.get(inner, 0) * atoms.sizes[inner]
+        for axis in axes
+        for outer, inner in zip(axis, axis[1:], strict=False)
+    )
+    cols = axes[2]
+    return straight and (not cols or strides.get(cols[-1], 0) in (0, 1))

@@ -1,0 +1,49 @@
+"""PyTorch kernels that write where the arena wants the result, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._ops import OpOverload
+
+from shoestring.backends.c.library import way_of
+from shoestring.backends.instructions import Way
+from shoestring.ir import Builder, Role, parse_type
+
+CANARY = 7.0
+REDUCTIONS = (0, 1, 2)  # none, mean, sum
+
+
+def losses() -> Iterator[str]:
+    """Every loss of two tensors of one shape that can reduce."""
+    for name in sorted(set(dir(torch.ops.aten))):
+        overloads = getattr(getattr(torch.ops.aten, name, None), "overloads", list)()
+        if "out" not in overloads or "default" not in overloads or not name.endswith("_loss"):
+            continue
+        schema: OpOverload = getattr(torch.ops.aten, name).default
+        tensors = [a.name for a in schema._schema.arguments if str(a.type) == "Tensor"]
+        if tensors == ["self", "target"] and "nll" not in name and "multi" not in name:
+            yield name
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", [*losses(), "binary_cross_entropy"])
+def test_out_variant_stays_in_its_place(name: str, reduction: int) -> None:
+    b = Builder("loss")
+    x, y = (b.param(parse_type("f32[50,17]"), Role.BATCH, n) for n in ("x", "y"))
+    operands = (x, y, None) if name == "binary_cross_entropy" else (x, y)
+    b.emit(f"aten.{name}.default", *operands, reduction=reduction)
+    op = b.build().ops[-1]
+    if way_of(op) is not Way.OUT:
+        return
+    given, target = torch.rand(50, 17), torch.randint(0, 2, (50, 17)).float()
+    shape = (50, 17) if reduction == 0 else ()
+    count = 850 if reduction == 0 else 1
+    memory = torch.full((count + 8,), CANARY)
+    out = torch.as_strided(memory, shape, (17, 1)[: len(shape)], 4)
+    address, size = out.data_ptr(), memory.untyped_storage().nbytes()
+    getattr(torch.ops.aten, name).out(given, target, reduction=reduction, out=out)
+    assert out.data_ptr() == address and memory.untyped_storage().nbytes() == size
+    assert (memory[:4] == CANARY).all() and (memory[4 + count :] == CANARY).all()

@@ -1,0 +1,276 @@
+"""Generated matrix products: odd sizes, layouts, types, epilogues, narrow vectors."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoestring.backends.c import CBackend, CExecutable
+from shoestring.backends.c.build import HERE, find_compiler, flags
+from shoestring.backends.instructions import CallKernel
+from shoestring.ir import Builder, Function, Role, TensorType, Value, parse, parse_type
+
+from .helpers import compare
+
+SIZES = (4, 5, 7, 8, 9, 16, 47, 48, 49, 97, 256, 257)
+DEPTHS = (1, 2, 3, 31, 384, 385, 769)
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+def values(shape: tuple[int, ...], dtype: torch.dtype, turned: bool) -> torch.Tensor:
+    """Random elements; in memory the last two dimensions may be swapped."""
+    if turned:
+        return torch.randn(*shape[:-2], shape[-1], shape[-2]).to(dtype).transpose(-1, -2)
+    return torch.randn(shape).to(dtype)
+
+
+def turn(b: Builder, x: Value, rank: int) -> Value:
+    order = [*range(rank - 2), rank - 1, rank - 2]
+    return b.emit("aten.permute.default", x, dims=order)
+
+
+def product(
+    m: int, k: int, n: int, *, batch: int = 0, dtype: str = "f32", left: bool = False,
+    right: bool = False, bias: bool = False,
+) -> Function:  # fmt: skip
+    """A product of parameters, which may be stored turned."""
+    lead = f"{batch}," if batch else ""
+    b = Builder("product")
+
+    def side(rows: int, cols: int, turned: bool, name: str) -> Value:
+        shape = f"{lead}{cols},{rows}" if turned else f"{lead}{rows},{cols}"
+        x = b.param(parse_type(f"{dtype}[{shape}]"), Role.BATCH, name)
+        return turn(b, x, 3 if batch else 2) if turned else x
+
+    x, y = side(m, k, left, "x"), side(k, n, right, "y")
+    name = "bmm" if batch else "mm"
+    if bias:
+        z = b.param(parse_type(f"{dtype}[{n}]"), Role.PARAMETER, "bias")
+        out = b.emit("aten.baddbmm.default" if batch else "aten.addmm.default", z, x, y)
+    else:
+        out = b.emit(f"aten.{name}.default", x, y)
+    b.output("out", out)
+    return b.build()
+
+
+def arguments(function: Function) -> list[torch.Tensor]:
+    return [random(p.value.type) for p in function.params]
+
+
+def random(t: TensorType) -> torch.Tensor:
+    return torch.randn(t.static_shape).to(t.dtype)
+
+
+def check(function: Function, given: list[torch.Tensor] | None = None) -> CExecutable:
+    given = arguments(function) if given is None else given
+    limit = TOLERANCE[given[0].dtype]
+    return compare(function, given, rtol=limit, atol=limit * 30)
+
+
+def kernels(executable: CExecutable) -> list[str]:
+    return [i.kernel for i in executable.instructions if isinstance(i, CallKernel)]
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("right", [False, True])
+def test_layouts(dtype: str, left: bool, right: bool) -> None:
+    for m, k, n in [(9, 33, 50), (64, 96, 48), (5, 1, 4), (257, 400, 49)]:
+        function = product(m, k, n, dtype=dtype, left=left, right=right)
+        assert len(kernels(check(function))) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(SIZES), st.sampled_from(DEPTHS), st.sampled_from(SIZES), st.booleans(),
+    st.booleans(), st.booleans(), st.sampled_from([0, 1, 3]), st.sampled_from(["f32", "bf16"]),
+)  # fmt: skip
+def test_sizes(
+    m: int, k: int, n: int, left: bool, right: bool, bias: bool, batch: int, dtype: str
+) -> None:
+    options = {"left": left, "right": right, "bias": bias, "batch": batch, "dtype": dtype}
+    check(product(m, k, n, **options))  # type: ignore[arg-type]
+
+
+def test_epilogue_is_one_kernel() -> None:
+    executable = check(
+        parse("""
+func @layer {
+  parameter %w: f32[40,24] "w"
+  parameter %bias: f32[40] "bias"
+  batch %x: f32[6,5,24] "x"
+  batch %skip: f32[6,5,40] "skip"
+  %flat: f32[30,24] = aten.view.default(%x) {size=[30,24]}
+  %wt: f32[24,40] = aten.permute.default(%w) {dims=[1,0]}
+  %h: f32[30,40] = aten.addmm.default(%bias, %flat, %wt)
+  %back: f32[6,5,40] = aten.view.default(%h) {size=[6,5,40]}
+  %act: f32[6,5,40] = aten.gelu.default(%back)
+  %y: f32[6,5,40] = aten.add.Tensor(%act, %skip)
+  return y=%y, h=%h
+}
+""")
+    )
+    assert len(executable.instructions) == 1
+
+
+def test_update_in_the_epilogue() -> None:
+    """A gradient that only its update reads is never in memory; the weight is replaced in place."""
+    executable = check(
+        parse("""
+func @update {
+  parameter %w: f32[24,40] "w" -> %new
+  batch %x: f32[30,24] "x"
+  batch %g: f32[30,40] "g"
+  %xt: f32[24,30] = aten.permute.default(%x) {dims=[1,0]}
+  %grad: f32[24,40] = aten.mm.default(%xt, %g)
+  %step: f32[24,40] = aten.mul.Tensor(%grad, 0.1)
+  %new: f32[24,40] = aten.sub.Tensor(%w, %step)
+  return
+}
+""")
+    )
+    assert len(executable.instructions) == 1
+
+
+def test_a_side_of_the_product_is_not_overwritten_early() -> None:
+    check(
+        parse("""
+func @square {
+  parameter %w: f32[64,64] "w" -> %new
+  %grad: f32[64,64] = aten.mm.default(%w, %w)
+  %step: f32[64,64] = aten.mul.Tensor(%grad, 0.01)
+  %new: f32[64,64] = aten.sub.Tensor(%w, %step)
+  return
+}
+""")
+    )
+
+
+def test_a_reader_in_another_order_has_a_kernel_of_its_own() -> None:
+    executable = check(
+        parse("""
+func @turned {
+  batch %x: f32[30,24] "x"
+  batch %y: f32[24,40] "y"
+  batch %z: f32[40,30] "z"
+  %p: f32[30,40] = aten.mm.default(%x, %y)
+  %t: f32[40,30] = aten.permute.default(%p) {dims=[1,0]}
+  %s: f32[40,30] = aten.add.Tensor(%t, %z)
+  return s=%s
+}
+""")
+    )
+    assert len(executable.instructions) == 2
+
+
+def test_a_vector_that_is_no_row_of_the_product() -> None:
+    """[6,5,40] + [6,1,40]: what is added changes every five rows."""
+    check(
+        parse("""
+func @positions {
+  batch %x: f32[30,24] "x"
+  batch %y: f32[24,40] "y"
+  batch %z: f32[6,1,40] "z"
+  %p: f32[30,40] = aten.mm.default(%x, %y)
+  %b: f32[6,5,40] = aten.view.default(%p) {size=[6,5,40]}
+  %s: f32[6,5,40] = aten.add.Tensor(%b, %z)
+  return s=%s
+}
+""")
+    )
+
+
+def test_dropout_in_the_epilogue() -> None:
+    function = parse("""
+func @dropout {
+  rng %key: i64[2] "#rng"
+  batch %x: f32[30,24] "x"
+  batch %y: f32[24,40] "y"
+  %p: f32[30,40] = aten.mm.default(%x, %y)
+  %u: f32[30,40] = rng.uniform.default(%key) {site=3, shape=[30, 40], dtype=f32}
+  %keep: bool[30,40] = aten.lt.Scalar(%u) {other=0.5}
+  %d: f32[30,40] = aten.mul.Tensor(%p, %keep)
+  return d=%d
+}
+""")
+    given = [torch.tensor([5, 7]), torch.randn(30, 24), torch.randn(24, 40)]
+    assert len(compare(function, given, rtol=2e-5, atol=1e-4).instructions) == 1
+
+
+def test_nan_and_infinity_stay_in_their_rows_and_columns() -> None:
+    function = product(9, 33, 50, dtype="bf16", right=True)
+    x, y = arguments(function)
+    x[3, 7], y[11, 2] = torch.nan, torch.inf
+    found = CBackend().compile(function).run([x, y])[0]
+    wanted = x @ y.T
+    assert torch.equal(found.isnan(), wanted.isnan())
+    assert torch.equal(found.isinf(), wanted.isinf())
+
+
+def test_every_number_of_threads_gives_the_same_bits() -> None:
+    function = product(130, 200, 150, right=True, bias=True)
+    given = arguments(function)
+    before = torch.get_num_threads()
+    found: list[torch.Tensor] = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found += CBackend().compile(function).run(given)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+STORE = """
+#include "gemm.h"
+static void store(void *const *b, int64_t batch, int64_t row, int64_t col, int64_t rows,
+                  int64_t cols, const float *tile, int64_t stride) {
+    const int64_t *size = b[1];
+    float *c = (float *)b[0] + batch * size[0] * size[1];
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < cols; j++) c[(row + i) * size[1] + col + j] = tile[i * stride + j];
+}
+int64_t product(void *a, void *b, float *c, const int64_t *s, void *scratch) {
+    int64_t size[2] = {s[1], s[2]};
+    void *buffers[2] = {c, size};
+    ss_gemm g = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], store};
+    if (scratch) ss_gemm_run(&g, a, b, buffers, scratch, 2);
+    return ss_gemm_scratch(&g);
+}
+"""
+
+
+@pytest.mark.parametrize("narrow", [4, 8])
+def test_narrower_vectors(narrow: int, tmp_path: Path) -> None:
+    """The tiles of machines without AVX-512, and without AVX2."""
+    (tmp_path / "store.c").write_text(STORE)
+    command = [find_compiler(), *flags(), f"-DSS_NARROW={narrow}", "-I", str(HERE), "-shared",
+               str(HERE / "gemm.c"), "store.c", "-o", "product.so"]  # fmt: skip
+    subprocess.run(command, cwd=tmp_path, check=True)
+    library = ctypes.CDLL(str(tmp_path / "product.so"))
+    library.product.restype = ctypes.c_int64
+    for (m, k, n), dtype in itertools.product(
+        [(4, 1, 4), (7, 33, 50), (64, 96, 48), (257, 769, 49)], TOLERANCE
+    ):
+        for left, right in itertools.product([False, True], repeat=2):
+            x, y = values((m, k), dtype, left), values((k, n), dtype, right)
+            assert_product(library, x, y)
+
+
+def assert_product(library: ctypes.CDLL, x: torch.Tensor, y: torch.Tensor) -> None:
+    out = torch.full((x.shape[0], y.shape[1]), torch.nan)
+    kind = [torch.float32, torch.bfloat16].index(x.dtype)
+    numbers = [1, x.shape[0], y.shape[1], x.shape[1], kind, 0, *x.stride(), 0, *y.stride()]
+    sizes = (ctypes.c_int64 * 11)(*numbers)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, y, out)]
+    scratch = torch.empty(2 * library.product(*pointers, sizes, None), dtype=torch.uint8)
+    library.product(*pointers, sizes, ctypes.c_void_p(scratch.data_ptr()))
+    wanted = x.double() @ y.double()
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-4)
