@@ -8,7 +8,8 @@ A kernel reads and writes through an array of pointers. Its loops come in three 
   outer loop goes through the inner loops together.
 
 A stage is one pass over the inner loops: it ends where a reduction must be complete. Pointwise
-values are computed anew in each stage that needs them; only what is read outside is stored.
+values are computed anew in each stage that needs them; only what is read outside is stored. In a
+row kernel, one that costs much (an exponential) waits for later stages in a buffer of one row.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from shoestring.ir import DTYPE_NAMES
 from ..instructions import Buffer, contiguous_strides
 from .atoms import Atoms, strides_of
 from .expressions import (
+    EXPENSIVE,
     EXPRESSIONS,
     FLOATS,
     HALVES,
@@ -50,6 +52,7 @@ PARALLEL_WORK = 1 << 16  # below this many element operations a thread costs mor
 BLOCK = 1024  # elements that one single-precision partial sum takes in
 PARTIALS = 1024  # most partial results of a reduction of everything
 LANES = 64
+LONGEST_ROW = 16384  # elements of a row that are kept from one stage to the next
 
 
 @dataclass(frozen=True)
@@ -145,10 +148,13 @@ class KernelWriter:
         self.in_place = set(in_place)
         self.text = _Text()
         self.pointers: dict[Buffer, tuple[torch.dtype, bool]] = {}
+        self.now = 0
+        self.kept: dict[Node, int] = {}
         self.number = {p.node: i for i, p in enumerate(unit.nodes)}
         self._resolve_levels()
         self._stages()
         self._loops()
+        self.kept = self._kept_values()
 
     # -- analysis ------------------------------------------------------------------------------
 
@@ -190,6 +196,44 @@ class KernelWriter:
             return max(last, self.stage[p.node])
         return self.stage[p.node]
 
+    def _kept_values(self) -> dict[Node, int]:
+        """Values of the full level that wait in a row buffer -> the stage that computes them.
+
+        Of what several stages need: the last values of each stage's chain, if an expensive op is in
+        that chain.
+        """
+        if not self.outer or self.by_column or self.atoms.size(self.inner) > LONGEST_ROW:
+            return {}
+        kept: dict[Node, int] = {}
+        seen: dict[Node, int] = {}
+        for stage in range(self.last_stage + 1):
+            needed = {p.node for p in self._needed(self._stage_sources(stage))}
+            again = {n for n in needed if n in seen}
+            used = {r.base.node for n in needed - again for r in self._full_refs(n)}
+            ends = (n for n in again if n in used or n in self._stage_ends(stage))
+            kept.update((n, seen[n]) for n in ends if n not in kept and self._is_expensive(n))
+            seen.update((n, stage) for n in needed if n not in seen)
+        return kept
+
+    def _stage_ends(self, stage: int) -> set[Node]:
+        return {p.node for p in self._stage_sources(stage)}
+
+    def _stage_sources(self, stage: int) -> list[Placed]:
+        """The values that a stage reduces or stores."""
+        reduced, stored = self._stage_roots(stage)
+        bases = (p.node.refs[0].base for p in reduced)
+        return [*(self.members[b] for b in bases if b in self.members), *stored]
+
+    def _full_refs(self, node: Node) -> list[Ref]:
+        return [
+            r for r in node.refs
+            if r.base in self.members and self.level[self.members[r.base].node] == "full"
+        ]  # fmt: skip
+
+    def _is_expensive(self, node: Node) -> bool:
+        chain = self._needed([self.members[node.outs[0]]])
+        return any(p.node.name in EXPENSIVE for p in chain)
+
     # -- loops ---------------------------------------------------------------------------------
 
     def _access(self, placed: Placed, ref: Ref) -> Access:
@@ -216,6 +260,7 @@ class KernelWriter:
         accesses.sort(key=lambda a: (-len(a[2].strides), a[0], a[1]))
         self.accesses = [a for _, _, a in accesses]
         inner = [a for a in self.full if a not in self.outer]
+        self.inner = tuple(inner)
         self.by_column = bool(self.outer) and self._contiguous_outer(set(inner))
         self.outer_loops = self._merge(self._sorted(list(self.outer)), "i")
         self.inner_loops = self._merge(self._sorted(inner), "j")
@@ -374,8 +419,11 @@ class KernelWriter:
         where = f"{self._pointer(out, write=True)}[{self._offset(self._result_access(placed))}]"
         self.text.put(f"{where} = {store(self._name(placed.node), out.dtype)};")
 
-    def _needed(self, roots: list[Placed]) -> list[Placed]:
-        """The pointwise nodes of the full level that the roots are made of, in order."""
+    def _needed(self, roots: list[Placed], stage: int = 0) -> list[Placed]:
+        """The pointwise nodes of the full level that the roots are made of, in order.
+
+        Values that an earlier stage has kept are not followed further.
+        """
         found: set[Node] = set()
         stack = list(roots)
         while stack:
@@ -383,6 +431,8 @@ class KernelWriter:
             if p.node in found or p.node.work is Work.REDUCTION or self.level[p.node] != "full":
                 continue
             found.add(p.node)
+            if self._is_kept(p.node, stage):
+                continue
             stack.extend(self.members[r.base] for r in p.node.refs if r.base in self.members)
         return [p for p in self.unit.nodes if p.node in found]
 
@@ -483,12 +533,61 @@ class KernelWriter:
             for p in reduced
             if p.node.refs[0].base in self.members
         ]
-        for p in self._needed([*sources, *stored]):
-            self._define(p)
+        for p in self._needed([*sources, *stored], self.now):
+            self._define_full(p)
         for p in reduced:
             self._accumulate(p)
         for p in stored:
             self._store(p)
+
+    def _is_kept(self, node: Node, stage: int) -> bool:
+        return node in self.kept and self.kept[node] < stage
+
+    def _define_full(self, p: Placed) -> None:
+        """A value of the full level: computed, or taken from the row that an earlier stage kept."""
+        if p.node not in self.kept:
+            self._define(p)
+            return
+        row = self._row_element(p)
+        if self._is_kept(p.node, self.now):
+            kind = REGISTER[p.node.outs[0].dtype]
+            self.text.put(f"const {kind} {self._name(p.node)} = {row};")
+        else:
+            self._define(p)
+            self.text.put(f"{row} = {self._name(p.node)};")
+
+    def _row_element(self, p: Placed) -> str:
+        host = self._host(p)
+        if host is None:
+            return f"r{self.number[p.node]}[{self._row_index()}]"
+        where = self._offset(self._result_access(host))
+        return f"{self._pointer(host.node.outs[0], write=True)}[{where}]"
+
+    def _host(self, p: Placed) -> Placed | None:
+        """A result of the last stage in whose place a kept value can wait."""
+        dtype = p.node.outs[0].dtype
+        if self._keeper(dtype) != p.node or MEMORY[dtype] != REGISTER[dtype]:
+            return None
+        last = self._stage_roots(self.last_stage)[1]
+        fit = (s for s in last if s.node.outs[0].dtype is dtype and self._is_fresh(s))
+        return next(fit, None)
+
+    def _keeper(self, dtype: torch.dtype) -> Node | None:
+        """The one kept value of a type that may use the place of a result."""
+        return next((n for n in self.kept if n.outs[0].dtype is dtype), None)
+
+    def _is_fresh(self, p: Placed) -> bool:
+        """Whether its memory holds nothing yet when the kernel starts."""
+        return p.node.outs[0] not in self.in_place
+
+    def _row_index(self) -> str:
+        """The position within a row, in the order of the inner loops."""
+        parts: list[str] = []
+        step = 1
+        for loop in reversed(self.inner_loops):
+            parts.append(loop.name if step == 1 else f"{loop.name} * {step}")
+            step *= loop.size
+        return " + ".join(reversed(parts))
 
     def _blocked(self, reduced: list[Placed], stored: list[Placed]) -> None:
         """Partial results of fixed blocks, combined in order: equal for every number of threads."""
@@ -583,7 +682,11 @@ class KernelWriter:
         if self.by_column:
             self._open_lanes()
         self._outer_level(0)
+        for node in (n for n in self.kept if self._host(self.members[n.outs[0]]) is None):
+            size = self.atoms.size(self.inner)
+            self.text.put(f"{REGISTER[node.outs[0].dtype]} r{self.number[node]}[{size}];")
         for stage in range(self.last_stage + 1):
+            self.now = stage
             reduced, stored = self._stage_roots(stage)
             if reduced or stored:
                 (self._column_pass if self.by_column else self._row_pass)(reduced, stored)

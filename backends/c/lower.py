@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shoestring.ir import Function, Loc, Op, Value
+from shoestring.ir import Function, Loc, Op
 from shoestring.ir.errors import BackendError
 
 from ..instructions import (
@@ -23,6 +23,7 @@ from ..instructions import (
     contiguous_strides,
 )
 from ..memory import Lifetime, plan_memory
+from .decompositions import decompose
 from .groups import Grouping, Unit
 from .kernels import Kernel, KernelWriter
 from .library import way_of
@@ -59,12 +60,12 @@ def lower(function: Function, *, fuse: bool = True) -> Lowered:
         BackendError: SS4101 where a shape is symbolic, SS4102 where an encoding is not dense.
     """
     _check(function)
-    work = normalize(function)
+    work = normalize(decompose(function))
     grouping = Grouping(work, fuse)
     units = grouping.finished()
     stored = _stored(work, grouping)
     order = schedule(work, units, grouping.atoms, stored)
-    return _Emitter(work, grouping, order, stored).emit()
+    return _Emitter(function, work, grouping, order, stored).emit()
 
 
 def _check(function: Function) -> None:
@@ -93,6 +94,7 @@ def _stored(work: WorkList, grouping: Grouping) -> set[Base]:
 
 @dataclass
 class _Emitter:
+    function: Function
     work: WorkList
     grouping: Grouping
     order: Order
@@ -104,6 +106,9 @@ class _Emitter:
     names: dict[str, str] = field(default_factory=dict[str, str])
     texts: dict[str, str] = field(default_factory=dict[str, str])
     calls: dict[str, list[Kernel]] = field(default_factory=dict[str, list[Kernel]])
+
+    def __post_init__(self) -> None:
+        self.known = set(self.function.values)
 
     # -- buffers -------------------------------------------------------------------------------
 
@@ -147,7 +152,7 @@ class _Emitter:
         outputs = tuple(self.region(self.work.refs[o.value]) for o in self.work.function.outputs)
         plan = plan_memory(self.lifetimes(instructions, copies, outputs))
         program = Program(
-            self.work.function, (*dict.fromkeys(self.buffers.values()), *self.extra),
+            self.function, (*dict.fromkeys(self.buffers.values()), *self.extra),
             tuple(instructions),
             copies, outputs, tuple(self.constants), plan,
         )  # fmt: skip
@@ -188,7 +193,8 @@ class _Emitter:
         if kernel.scratch:
             pointers += (self.scratch(kernel),)
         made = [b for p in unit.nodes for b in p.node.outs if b in self.stored]
-        results: dict[Value, Region] = {b.value: self.whole(b) for b in made if b.value is not None}
+        # Values within a decomposition are not the function's: nothing to compare them with.
+        results = {b.value: self.whole(b) for b in made if b.value in self.known}
         written = tuple(pointers[i] for i in kernel.written)
         loc = _loc_of([p.node.op for p in unit.nodes])
         return CallKernel(self.names[kernel.text], pointers, written, results, kernel.ops, loc)

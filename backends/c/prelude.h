@@ -86,11 +86,15 @@ SS_INLINE int64_t ss_shr(int64_t a, int64_t n, int bits) {
 
 /* -- f32 functions without branches or calls, so that loops of them vectorize ------------------- */
 
-/* exp: 2^i * e^f with |f| <= log(2) / 2; two factors 2^(i/2) reach denormals and infinity. */
+/* exp: 2^i * e^f with |f| <= log(2) / 2; two factors 2^(i/2) reach denormals and infinity.
+   x is held within [-104, 89] by its bits: integers compare in one instruction, NaN or not. */
 SS_INLINE float ss_expf(float x) {
-    float a = x > 89.0f ? 89.0f : x;
-    a = a < -104.0f ? -104.0f : a;
-    float j = SS_FMAF(1.442695f, a, 12582912.0f) - 12582912.0f;
+    uint32_t u = ss_bits(x), low = 0xc2d00000u;
+    int32_t high = 0x42b20000;
+    u = u < low ? u : low;
+    float a = ss_float((uint32_t)((int32_t)u < high ? (int32_t)u : high));
+    float z = SS_FMAF(1.442695f, a, 12582912.0f); /* its last bits are i */
+    float j = z - 12582912.0f;
     float f = SS_FMAF(j, -6.93145752e-1f, a);
     f = SS_FMAF(j, -1.42860677e-6f, f);
     float r = 1.37805939e-3f;
@@ -100,7 +104,7 @@ SS_INLINE float ss_expf(float x) {
     r = SS_FMAF(r, f, 4.99999851e-1f);
     r = SS_FMAF(r, f, 1.0f);
     r = SS_FMAF(r, f, 1.0f);
-    int32_t i = (int32_t)(j != j ? 0.0f : j), h = i >> 1;
+    int32_t i = (int32_t)(ss_bits(z) - 0x4b400000u), h = i >> 1;
     r = r * ss_float((uint32_t)(h + 127) << 23) * ss_float((uint32_t)(i - h + 127) << 23);
     return x != x ? x : r;
 }

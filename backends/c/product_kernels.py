@@ -43,7 +43,7 @@ class ProductWriter(KernelWriter):
             return super()._value(placed)
         return rounded("tile[i * stride + j]", placed.node.outs[0].dtype)
 
-    def _needed(self, roots: list[Placed]) -> list[Placed]:
+    def _needed(self, roots: list[Placed], stage: int = 0) -> list[Placed]:
         """Everything but what was computed before the loops: all leads to a store."""
         found: set[Node] = set()
         stack = list(roots)

@@ -8,8 +8,8 @@
 // v5 = mul.Tensor: f32[64,768] %z (mul, norm)
 void k0_amax_mul(void *const *b) {
     const float *restrict p0 = b[0];
-    const float *restrict p1 = b[1];
-    float *restrict p2 = b[2];
+    float *restrict p1 = b[1];
+    const float *restrict p2 = b[2];
 #pragma omp parallel for schedule(static)
     for (int64_t i0 = 0; i0 < 64; i0++) {
         float t0 = -INFINITY; int n0 = 0;
@@ -26,17 +26,17 @@ void k0_amax_mul(void *const *b) {
         for (int64_t j0 = 0; j0 < 768; j0++) {
             const float v1 = (p0[i0 * 768 + j0] - v0);
             const float v2 = ss_expf(v1);
+            p1[i0 * 768 + j0] = v2;
             a3 += v2;
         }
         t3 += a3;
         const float v3 = (float)(t3);
 #pragma omp simd
         for (int64_t j0 = 0; j0 < 768; j0++) {
-            const float v1 = (p0[i0 * 768 + j0] - v0);
-            const float v2 = ss_expf(v1);
+            const float v2 = p1[i0 * 768 + j0];
             const float v4 = (v2 / v3);
-            const float v5 = (v4 * p1[j0]);
-            p2[i0 * 768 + j0] = (float)(v5);
+            const float v5 = (v4 * p2[j0]);
+            p1[i0 * 768 + j0] = (float)(v5);
         }
     }
 }
