@@ -83,6 +83,7 @@ class _Compiled:
         self.options = options
         self.rng = torch.tensor([seed, 0], dtype=torch.int64)
         self.gradients: dict[str, torch.Tensor] = {}
+        self._numbers: dict[str, torch.Tensor] = {}
         self.programs: dict[Any, Program] = {}
         self._backend: Backend = get_backend(options.backend)
 
@@ -116,6 +117,14 @@ class _Compiled:
             return batch[binding.index]
         assert isinstance(binding, torch.Tensor)
         return binding
+
+    def number(self, path: str, value: Any) -> torch.Tensor:
+        """A number as f64[]: the same tensor at each call, so that nothing is bound again."""
+        held = self._numbers.get(path)
+        if held is None:
+            held = self._numbers[path] = torch.empty((), dtype=torch.float64)
+        with torch.no_grad():
+            return held.copy_(value) if isinstance(value, torch.Tensor) else held.fill_(value)
 
     def mode_key(self) -> tuple[Any, ...]:
         """Facts about the model and about torch that a program depends on."""
@@ -208,14 +217,14 @@ class Step(_Compiled):
     ) -> torch.Tensor:
         if isinstance(binding, HyperBinding):
             group: Mapping[str, Any] = self.optimizer.param_groups[binding.group]
-            return _number(lookup(group, binding.name))
+            return self.number(path, lookup(group, binding.name))
         if isinstance(binding, MomentBinding):
             moment: torch.Tensor = self.moments.entry(binding)
             return moment
         if isinstance(binding, CountBinding):
-            return _number(self.moments.entry(binding))
+            return self.number(path, self.moments.entry(binding))
         if isinstance(binding, FirstBinding):
-            return _number(self.moments.is_new(binding))
+            return self.number(path, self.moments.is_new(binding))
         return super().tensor_of(role, path, binding, batch)
 
     def _still_valid(self, program: Program) -> bool:
@@ -318,11 +327,6 @@ def _fact(leaf: Any) -> Any:
     if leaf is None or isinstance(leaf, (bool, int, float, str)):
         return (type(leaf), leaf)
     return id(leaf)
-
-
-def _number(value: Any) -> torch.Tensor:
-    number: torch.Tensor = torch.as_tensor(value, dtype=torch.float64).detach().reshape(())
-    return number
 
 
 def _timed(seconds: dict[str, float], name: str, work: Callable[[], Any]) -> Any:

@@ -22,8 +22,11 @@ FLAGS = (
     "-fno-math-errno", "-fno-trapping-math", "-w",
 )  # fmt: skip
 HERE = Path(__file__).parent
-HEADERS = ("prelude.h", "vector.h", "gemm.h")
-RUNTIME = ("gemm.c",)  # written by hand, compiled once for a machine and linked to every library
+HEADERS = ("prelude.h", "vector.h", "gemm.h", "run.h")
+RUNTIME = (
+    "gemm.c",
+    "run.c",
+)  # written by hand, compiled once for a machine and linked to every library
 JOBS = max(2, os.cpu_count() or 1)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import mmap
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,18 @@ import torch
 from shoestring.ir import DTYPE_NAMES, Function
 from shoestring.ir.errors import RuntimeFault
 
-from ..instructions import CallKernel, CallTorch, Copy, Instruction, Program, Region, Space, Way
+from ..instructions import (
+    Buffer,
+    CallKernel,
+    CallTorch,
+    Copy,
+    Instruction,
+    Program,
+    Region,
+    Space,
+    Way,
+)
+from .calls import KernelCalls
 from .library import bind_call
 from .lower import KernelInfo
 
@@ -68,14 +80,19 @@ class CExecutable:
         self.kernels = tuple(kernels)
         self.sources = tuple(sources)
         self.info = info
-        self._library = library
         self._arena = _arena(program.plan.arena_bytes)
+        self._arena_start = self._arena.data_ptr()
         self._constants = [t.contiguous() for t in program.constants]
         self._held: list[torch.Tensor | None] = [None] * len(program.function.params)
         self._keys: list[tuple[int, tuple[int, ...]] | None] = [None] * len(self._held)
         self._staged: dict[int, torch.Tensor] = {}
         self._all = [*program.instructions, *program.copies]
-        self._calls: list[Call] = [_unbound] * len(self._all)
+        self._kernels = KernelCalls(library, self._all)
+        self._calls: list[Call] = [
+            self._kernels.stretch(i, 1) if isinstance(k, CallKernel) else _unbound
+            for i, k in enumerate(self._all)
+        ]
+        self._stretches = list(self._whole_stretches(len(program.instructions)))
         self._outputs: list[torch.Tensor | None] = [None] * len(program.outputs)
         self._users = _users(self._all, program.outputs)
         self._written = {i for i, p in enumerate(program.function.params) if p.next is not None}
@@ -156,8 +173,8 @@ class CExecutable:
         """
         self.prepare(arguments)
         with torch.no_grad():
-            for call in self._calls[: len(self.program.instructions)]:
-                call()
+            for index, stretch in self._stretches:
+                (stretch or self._calls[index])()
             outputs = self.collect()
             for call in self._calls[len(self.program.instructions) :]:
                 call()
@@ -243,6 +260,17 @@ class CExecutable:
         what = f"{p.role.value} {p.path!r} was compiled as {p.value.type} on cpu, found {found}"
         raise RuntimeFault("SS5002", what, "", "compile again for this argument")
 
+    def _whole_stretches(self, end: int) -> Iterator[tuple[int, Call | None]]:
+        """Instruction and, where it begins a stretch of kernels, the call of all of them."""
+        for is_kernel, group in itertools.groupby(
+            range(end), lambda i: isinstance(self._all[i], CallKernel)
+        ):
+            indices = list(group)
+            if is_kernel:
+                yield indices[0], self._kernels.stretch(indices[0], len(indices))
+            else:
+                yield from ((i, None) for i in indices)
+
     def _bind(
         self, calls: Iterable[int], outputs: Iterable[int], skip_arguments: bool = False
     ) -> None:
@@ -251,16 +279,33 @@ class CExecutable:
 
         for c in calls:
             instruction = self._all[c]
-            if not waits(instruction.regions):
+            if isinstance(instruction, CallKernel):
+                self._kernels.bind(c, self._addresses(instruction, skip_arguments))
+            elif not waits(instruction.regions):
                 self._calls[c] = self._bound(instruction)
         for o in outputs:
             region = self.program.outputs[o]
             if not waits([region]):
                 self._outputs[o] = self.tensor(region)
 
+    def _addresses(self, call: CallKernel, first: bool) -> dict[int, int]:
+        """Position -> address of a kernel's pointers: the fixed ones at first, then arguments."""
+        return {
+            position: self._start(region.buffer) + region.byte_offset
+            for position, region in enumerate(call.pointers)
+            if first != (region.buffer.space is Space.ARGUMENT)
+        }
+
+    def _start(self, buffer: Buffer) -> int:
+        if buffer.space is Space.ARENA:
+            return self._arena_start + self.program.plan.offsets[buffer.index]
+        if buffer.space is Space.CONSTANT:
+            return self._constants[buffer.index].data_ptr()
+        held = self._held[buffer.index]
+        assert held is not None, "an argument is bound before it is used"
+        return held.data_ptr()
+
     def _bound(self, instruction: Instruction) -> Call:
-        if isinstance(instruction, CallKernel):
-            return self._bound_kernel(instruction)
         if isinstance(instruction, CallTorch):
             operands = [self._operand(o) for o in instruction.operands]
             outs = [self.tensor(r) for r in instruction.outs]
@@ -275,13 +320,6 @@ class CExecutable:
         if isinstance(operand, tuple):
             return [None if r is None else self.tensor(r) for r in operand]
         return operand
-
-    def _bound_kernel(self, call: CallKernel) -> Call:
-        function = getattr(self._library, call.kernel)
-        function.restype = None
-        addresses = [self.tensor(r).data_ptr() for r in call.pointers]
-        array = (ctypes.c_void_p * len(addresses))(*addresses)
-        return lambda: function(array)
 
 
 def _unbound() -> None:

@@ -1,0 +1,52 @@
+"""Calls of generated kernels, bound to addresses: whole stretches of a program in one foreign call."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+
+from ..instructions import CallKernel, Instruction
+
+Address = Callable[[int], int]
+
+
+class _Call(ctypes.Structure):
+    """`ss_call` of run.h."""
+
+    _fields_ = [("kernel", ctypes.c_void_p), ("buffers", ctypes.c_void_p)]
+
+
+class KernelCalls:
+    """The table of calls that `ss_run` walks over, in the order of the instructions.
+
+    Args:
+        library: the built kernels.
+        instructions: of the program; those that are no kernels have no place in the table.
+    """
+
+    def __init__(self, library: ctypes.CDLL | None, instructions: Sequence[Instruction]) -> None:
+        kernels = [(i, k) for i, k in enumerate(instructions) if isinstance(k, CallKernel)]
+        self._place = {index: at for at, (index, _) in enumerate(kernels)}
+        self._pointers = [(ctypes.c_void_p * len(k.pointers))() for _, k in kernels]
+        self._table = (_Call * len(kernels))()
+        self._library = library
+        if library is None:
+            return
+        library.ss_run.restype = None
+        library.ss_run.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        for call, pointers, (_, kernel) in zip(self._table, self._pointers, kernels, strict=True):
+            call.kernel = ctypes.cast(getattr(library, kernel.kernel), ctypes.c_void_p)
+            call.buffers = ctypes.addressof(pointers)
+
+    def bind(self, index: int, addresses: Mapping[int, int]) -> None:
+        """Sets some pointers of instruction `index`: position -> address."""
+        pointers = self._pointers[self._place[index]]
+        for position, address in addresses.items():
+            pointers[position] = address
+
+    def stretch(self, first: int, count: int) -> Callable[[], None]:
+        """The call of `count` kernels from instruction `first` on."""
+        assert self._library is not None, "a program with kernels has a library"
+        run = self._library.ss_run
+        start = ctypes.addressof(self._table) + self._place[first] * ctypes.sizeof(_Call)
+        return lambda: run(start, count)
