@@ -23,10 +23,8 @@ FLAGS = (
 )  # fmt: skip
 HERE = Path(__file__).parent
 HEADERS = ("prelude.h", "vector.h", "gemm.h", "run.h")
-RUNTIME = (
-    "gemm.c",
-    "run.c",
-)  # written by hand, compiled once for a machine and linked to every library
+# Written by hand, compiled once for a machine and linked to every library.
+RUNTIME = ("gemm.c", "run.c")
 JOBS = max(2, os.cpu_count() or 1)
 
 

@@ -1,4 +1,4 @@
-"""Calls of generated kernels, bound to addresses: whole stretches of a program in one foreign call."""
+"""Calls of generated kernels, bound to addresses: a stretch of a program in one foreign call."""
 
 from __future__ import annotations
 
