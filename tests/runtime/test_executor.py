@@ -37,5 +37,5 @@ def test_a_right_step_has_no_mismatches() -> None:
 
 def test_a_wrong_instruction_is_named() -> None:
     compiled = executable()
-    with pytest.raises(RuntimeFault, match=r"SS5003(.|\n)*aten.mm.default"):
+    with pytest.raises(RuntimeFault, match=r"SS5003(.|\n)*kernel k0_mm_exp"):
         check(compiled, [torch.randn(4, 4)], tolerance=-1.0)
