@@ -1,0 +1,1 @@
+"""Measurements: each module with a `main` runs as a script, from any folder."""

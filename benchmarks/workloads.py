@@ -1,0 +1,258 @@
+"""Training steps to measure: unmodified models of transformers and torch, random weights and data.
+
+Dropout is 0 throughout, so that every contender computes the same losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+LossFn = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a contender trains.
+
+    Attributes:
+        model: in training mode.
+        loss_fn: `loss_fn(model, *batch)` gives a scalar.
+        batch: the same tensors at every step.
+        learning_rate: of AdamW.
+    """
+
+    model: nn.Module
+    loss_fn: LossFn
+    batch: tuple[torch.Tensor, ...]
+    learning_rate: float = 3e-4
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all parameters; tied ones once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def _language_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
+    return loss
+
+
+def _ids(vocabulary: int, batch: int, length: int) -> torch.Tensor:
+    return torch.randint(0, vocabulary, (batch, length))
+
+
+def _images(batch: int, size: int, labels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, 3, size, size), torch.randint(0, labels, (batch,))
+
+
+def _image_loss(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    loss: torch.Tensor = model(pixel_values=pixels, labels=labels).loss
+    return loss
+
+
+def gpt(tiny: bool) -> Workload:
+    """GPT-2 of 14 M parameters: tied head, 8 x 256 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    layers, width, heads, vocabulary = (2, 32, 2, 64) if tiny else (6, 384, 6, 8192)
+    batch, length = (2, 16) if tiny else (8, 256)
+    config = GPT2Config(
+        n_layer=layers,
+        n_embd=width,
+        n_head=heads,
+        vocab_size=vocabulary,
+        n_positions=length,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return Workload(GPT2LMHeadModel(config), _language_loss, (_ids(vocabulary, batch, length),))
+
+
+def llama(tiny: bool) -> Workload:
+    """Llama-style, 6 query heads on 2 key-value heads, 15.7 M parameters, 8 x 256 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    layers, width, heads, vocabulary = (2, 32, 4, 64) if tiny else (6, 384, 6, 8192)
+    batch, length = (2, 16) if tiny else (8, 256)
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=88 if tiny else 1024,
+        num_attention_heads=heads,
+        num_key_value_heads=2,
+        vocab_size=vocabulary,
+        max_position_embeddings=length,
+        use_cache=False,
+    )
+    return Workload(LlamaForCausalLM(config), _language_loss, (_ids(vocabulary, batch, length),))
+
+
+def qwen3moe(tiny: bool) -> Workload:
+    """Qwen3-MoE-style: 4 layers of 8 experts, 2 of them active, 11 M parameters, 8 x 256 tokens."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    layers, width, vocabulary = (2, 32, 64) if tiny else (4, 256, 8192)
+    batch, length = (2, 16) if tiny else (8, 256)
+    config = Qwen3MoeConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        moe_intermediate_size=width,
+        num_experts=4 if tiny else 8,
+        num_experts_per_tok=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=width // 4,
+        vocab_size=vocabulary,
+        max_position_embeddings=length,
+        use_cache=False,
+    )
+    return Workload(Qwen3MoeForCausalLM(config), _language_loss, (_ids(vocabulary, batch, length),))
+
+
+def bert(tiny: bool) -> Workload:
+    """Fine-tuning of a BERT of MiniLM's shape, 22.7 M parameters, 32 x 128 tokens with padding."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    layers, width, heads, vocabulary = (2, 32, 2, 64) if tiny else (6, 384, 12, 30522)
+    batch, length = (4, 16) if tiny else (32, 128)
+    config = BertConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        vocab_size=vocabulary,
+        max_position_embeddings=length,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=2,
+    )
+
+    def loss_fn(
+        model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        loss: torch.Tensor = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        return loss
+
+    lengths = torch.randint(length // 2, length + 1, (batch, 1))
+    mask = (torch.arange(length) < lengths).long()
+    labels = torch.randint(0, 2, (batch,))
+    return Workload(
+        BertForSequenceClassification(config),
+        loss_fn,
+        (_ids(vocabulary, batch, length), mask, labels),
+        1e-4,
+    )
+
+
+def vit(tiny: bool) -> Workload:
+    """A vision transformer of 10.8 M parameters on 32 images of 64 x 64: 65 tokens each."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    layers, width, heads, size = (2, 32, 2, 16) if tiny else (6, 384, 6, 64)
+    labels, batch = (5, 4) if tiny else (100, 32)
+    config = ViTConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        image_size=size,
+        patch_size=8,
+        num_labels=labels,
+    )
+    return Workload(ViTForImageClassification(config), _image_loss, _images(batch, size, labels))
+
+
+def resnet18(tiny: bool) -> Workload:
+    """ResNet-18 with batch norms, 11.2 M parameters, on 32 images of 64 x 64."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    labels, batch, size = (5, 8, 32) if tiny else (100, 32, 64)
+    sizes = [8, 16] if tiny else [64, 128, 256, 512]
+    config = ResNetConfig(
+        embedding_size=sizes[0],
+        hidden_sizes=sizes,
+        depths=[2] * len(sizes),
+        layer_type="basic",
+        num_labels=labels,
+    )
+    return Workload(ResNetForImageClassification(config), _image_loss, _images(batch, size, labels))
+
+
+def mlp(tiny: bool) -> Workload:
+    """784-512-512-10 with ReLU on 256 rows, 0.67 M parameters."""
+    inputs, hidden, batch = (12, 16, 8) if tiny else (784, 512, 256)
+    model = nn.Sequential(
+        nn.Linear(inputs, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, 10),
+    )
+
+    def loss_fn(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(x), labels)
+
+    return Workload(model, loss_fn, (torch.randn(batch, inputs), torch.randint(0, 10, (batch,))))
+
+
+class LanguageLstm(nn.Module):
+    """Embedding, a stacked `nn.LSTM`, and a linear head."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.lstm = nn.LSTM(width, width, num_layers=2, batch_first=True)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[batch, length] -> [batch, length, vocabulary]."""
+        hidden, _ = self.lstm(self.embedding(ids))
+        logits: torch.Tensor = self.head(hidden)
+        return logits
+
+
+def lstm(tiny: bool) -> Workload:
+    """A two-layer LSTM language model of 1.6 M parameters, 32 x 64 tokens."""
+    vocabulary, width, batch, length = (20, 16, 3, 6) if tiny else (1000, 256, 32, 64)
+
+    def loss_fn(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        logits = model(ids[:, :-1])
+        return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+    model = LanguageLstm(vocabulary, width)
+    return Workload(model, loss_fn, (_ids(vocabulary, batch, length + 1),))
+
+
+WORKLOADS: dict[str, Callable[[bool], Workload]] = {
+    "gpt": gpt,
+    "llama": llama,
+    "qwen3moe": qwen3moe,
+    "bert": bert,
+    "vit": vit,
+    "resnet18": resnet18,
+    "mlp": mlp,
+    "lstm": lstm,
+}
+
+
+def build(name: str, *, tiny: bool = False, seed: int = 0) -> Workload:
+    """The workload `name`, equal at every call with the same seed.
+
+    Args:
+        name: one of `WORKLOADS`.
+        tiny: a shape of the same kind that runs in milliseconds, for tests.
+        seed: of weights and data.
+    """
+    torch.manual_seed(seed)
+    workload = WORKLOADS[name](tiny)
+    workload.model.train()
+    return workload
