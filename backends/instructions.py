@@ -137,12 +137,14 @@ class CallTorch:
         outs: where the results go.
         way: through the op's out variant; through code of ours that writes in place; or computed
             in memory of PyTorch's own and copied.
+        why: why generated code does not do it, where that is known.
     """
 
     op: Op
     operands: tuple[RegionOperand, ...]
     outs: tuple[Region, ...]
     way: Way
+    why: str = ""
 
     @property
     def name(self) -> str:

@@ -142,11 +142,13 @@ class CExecutable:
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:
         """Library ops without an out variant, by name."""
-        counts = Counter(
-            i.op.name for i in self._all if isinstance(i, CallTorch) and i.way is Way.COPIED
+        calls = [i for i in self._all if isinstance(i, CallTorch) and i.way is Way.COPIED]
+        counts = Counter((i.op.name, i.why) for i in calls)
+        copied = "no out variant: computed in PyTorch's memory, then copied"
+        return tuple(
+            Fallback(name, n, f"{why}; {copied}" if why else copied)
+            for (name, why), n in sorted(counts.items())
         )
-        why = "no out variant: computed in PyTorch's memory, then copied"
-        return tuple(Fallback(name, n, why) for name, n in sorted(counts.items()))
 
     def describe(self) -> dict[str, object]:
         """Instructions, kernels, memory and fallbacks, for a report."""

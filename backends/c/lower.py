@@ -23,16 +23,17 @@ from ..instructions import (
     contiguous_strides,
 )
 from ..memory import Lifetime, plan_memory
+from .claims import Claim, claim
 from .decompositions import decompose
 from .groups import Grouping, Unit
 from .kernels import Kernel, KernelWriter
 from .library import way_of
-from .nodes import Base, NodeOperand, Ref, WorkList, normalize
+from .nodes import Base, Node, NodeOperand, Ref, WorkList, normalize
 from .product_kernels import ProductWriter
 from .schedule import Order, schedule
 
 SOURCE_FILES = 4
-HEADER_OF = {"gemm.h": "ss_gemm"}
+HEADER_OF = {"gemm.h": "ss_gemm", "attention.h": "ss_attention"}
 
 
 @dataclass(frozen=True)
@@ -163,14 +164,42 @@ class _Emitter:
         return Lowered(program, self.sources(), infos)
 
     def instruction(self, unit: Unit) -> Instruction:
-        return self.library_call(unit) if unit.library else self.kernel_call(unit)
-
-    def library_call(self, unit: Unit) -> CallTorch:
+        if not unit.library:
+            return self.kernel_call(unit)
         node = unit.nodes[0].node
+        found = claim(node)
+        if isinstance(found, Claim):
+            return self.claimed_call(node, found)
+        return self.library_call(node, found or "")
+
+    def library_call(self, node: Node, why: str) -> CallTorch:
         operands = tuple(self.operand(o) for o in node.operands)
         return CallTorch(
-            node.op, operands, tuple(self.whole(b) for b in node.outs), way_of(node.op)
+            node.op, operands, tuple(self.whole(b) for b in node.outs), way_of(node.op), why
         )
+
+    def claimed_call(self, node: Node, found: Claim) -> CallKernel:
+        """A call of C that a claimer wrote for one node."""
+        ops = (node.op.name,)
+        kernel = Kernel(
+            found.body, found.comment, (), found.written, ops, found.stem, scratch=found.scratch
+        )
+        name = self.name_of(kernel)
+        pointers = tuple(self.region(r) for r in found.pointers)
+        written = tuple(pointers[i] for i in found.written)
+        if found.scratch:
+            pointers += (self.scratch(kernel),)
+        places = {b.value: self.whole(b) for b in node.outs}
+        places |= {v: self.region(r) for v, r in zip(node.op.results, node.results, strict=False)}
+        results = {v: r for v, r in places.items() if v in self.known}
+        return CallKernel(name, pointers, written, results, ops, node.loc)
+
+    def name_of(self, kernel: Kernel) -> str:
+        """The C function's name; kernels of equal text share one."""
+        if kernel.text not in self.names:
+            self.names[kernel.text] = f"k{len(self.names)}_{kernel.stem}"
+        self.calls.setdefault(kernel.text, []).append(kernel)
+        return self.names[kernel.text]
 
     def operand(self, operand: NodeOperand) -> RegionOperand:
         if isinstance(operand, Ref):
@@ -184,9 +213,7 @@ class _Emitter:
         kernel = writer(
             unit, self.grouping.atoms, self.buffer_of, self.stored, self.order.in_place
         ).write()
-        if kernel.text not in self.names:
-            self.names[kernel.text] = f"k{len(self.names)}_{kernel.stem}"
-        self.calls.setdefault(kernel.text, []).append(kernel)
+        name = self.name_of(kernel)
         pointers = tuple(
             Region(b, dtype, 0, *_flat(b.nbytes // dtype.itemsize)) for b, dtype in kernel.buffers
         )
@@ -197,7 +224,7 @@ class _Emitter:
         results = {b.value: self.whole(b) for b in made if b.value in self.known}
         written = tuple(pointers[i] for i in kernel.written)
         loc = _loc_of([p.node.op for p in unit.nodes])
-        return CallKernel(self.names[kernel.text], pointers, written, results, kernel.ops, loc)
+        return CallKernel(name, pointers, written, results, kernel.ops, loc)
 
     def scratch(self, kernel: Kernel) -> Region:
         """Memory that one call of a kernel needs beside what it reads and writes."""

@@ -7,6 +7,7 @@ Node = one piece of work: pointwise, a reduction, or a call of a PyTorch kernel
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -16,8 +17,9 @@ import torch
 
 from shoestring.ir import Function, Kind, Loc, Number, Op, Value, lookup, operand_values, run_op
 
+from .claims import Orders, result_orders
 from .expressions import has_expression, scalar_fill
-from .layout import VIEWS, Layout, row_major, split_parts
+from .layout import VIEWS, Layout, permute, reshape, row_major, split_parts
 from .products import has_bias, is_product
 from .reductions import has_reduction, reduced_dims
 
@@ -79,7 +81,9 @@ class Node:
         index: position in program order.
         name: the op's name; decides the expression of a pointwise node.
         operands: as in the op, with views resolved.
-        outs: one base a result.
+        outs: the bases that it makes; one a result, unless several share one.
+        results: where each result is, if that is not all of its base in row-major order.
+        orders: how the dimensions of each of these are stored, outermost first.
     """
 
     index: int
@@ -89,6 +93,8 @@ class Node:
     operands: tuple[NodeOperand, ...]
     outs: tuple[Base, ...]
     attrs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    results: tuple[Ref, ...] = ()
+    orders: Orders = ()
 
     @property
     def refs(self) -> list[Ref]:
@@ -170,6 +176,10 @@ class WorkList:
         operands = () if filled else tuple(self.bind(o) for o in op.operands)
         if work is Work.REDUCTION and self.trivial(op):
             return
+        orders = result_orders(op, operands) if work is Work.LIBRARY else None
+        if orders is not None:
+            self.add_ordered(op, operands, orders)
+            return
         outs = [
             self.base(r.type.dtype, r.type.static_shape, describe(r, op), value=r)
             for r in op.results
@@ -177,6 +187,16 @@ class WorkList:
         self.add(work, op.name, op, operands, outs)
         for r, out in zip(op.results, outs, strict=True):
             self.refs[r] = Ref(out, row_major(out.shape))
+
+    def add_ordered(self, op: Op, operands: tuple[NodeOperand, ...], orders: Orders) -> None:
+        """A node whose results are stored in another order than row-major."""
+        outs: list[Base] = []
+        for r, order in zip(op.results, orders, strict=True):
+            shape = tuple(r.type.static_shape[d] for d in order)
+            outs.append(self.base(r.type.dtype, shape, describe(r, op), value=r))
+            self.refs[r] = Ref(outs[-1], reordered(row_major(shape), order))
+        node = self.add(Work.LIBRARY, op.name, op, operands, outs)
+        node.results, node.orders = tuple(self.refs[r] for r in op.results), orders
 
     def view(self, op: Op) -> bool:
         """Resolves a view; a view that strides cannot express copies first. False for other ops."""
@@ -284,6 +304,11 @@ class WorkList:
         return True
 
 
+def reordered(stored: Layout, order: tuple[int, ...]) -> Layout:
+    """The layout of a value whose dimension `order[i]` is stored as dimension i."""
+    return permute(stored, [order.index(d) for d in range(len(order))])
+
+
 def _is_random(op: Op) -> bool:
     """Whether PyTorch says that the op draws random numbers."""
     from shoestring.ir.ops import find_overload
@@ -304,7 +329,53 @@ def normalize(function: Function) -> WorkList:
     for op in function.ops:
         work.visit(op)
     work.settle()
+    _write_in_place(work)
     return work
+
+
+def _write_in_place(work: WorkList) -> None:
+    """Removes concatenations of what one node makes: its results are written where they belong."""
+    ends = [*(work.refs[o.value] for o in work.function.outputs), *work.nexts.values()]
+    readers = Counter(r.base for r in (*ends, *(r for n in work.nodes for r in n.refs)))
+    for node in [n for n in work.nodes if n.name == "aten.cat.default"]:
+        parts = _parts(node, readers)
+        if parts is None:
+            continue
+        (out,), maker = node.outs, parts[0][0].node
+        assert maker is not None
+        slices = dict(parts)
+        maker.results = tuple(
+            Ref(out, reordered(slices[r.base], order)) if r.base in slices else r
+            for r, order in zip(maker.results, maker.orders, strict=True)
+        )
+        work.refs.update(zip(maker.op.results, maker.results, strict=True))
+        maker.outs = (*(b for b in maker.outs if b not in slices), out)
+        out.node = maker
+        work.nodes.remove(node)
+
+
+def _parts(node: Node, readers: Counter[Base]) -> list[tuple[Base, Layout]] | None:
+    """The bases that a concatenation joins, and where in its result each belongs.
+
+    None unless all are made by one node that can write anywhere, and read by nobody else.
+    """
+    (out,), at = node.outs, 0
+    dim = node.attrs["dim"] % max(len(out.shape), 1)
+    parts: list[tuple[Base, Layout]] = []
+    for ref in node.refs:
+        maker = ref.base.node
+        whole = ref.layout == row_major(ref.shape) and ref.layout.numel * ref.dtype.itemsize
+        if maker is None or not maker.results or ref.dtype is not out.dtype:
+            return None
+        if readers[ref.base] != 1 or whole != ref.base.nbytes or len(ref.shape) != len(out.shape):
+            return None
+        strides = row_major(out.shape).strides
+        place = reshape(Layout(ref.shape, strides, at * strides[dim]), ref.base.shape)
+        if place is None:
+            return None
+        parts.append((ref.base, place))
+        at += ref.shape[dim]
+    return parts if len({base.node for base, _ in parts}) == 1 else None
 
 
 PLAIN_DTYPES = frozenset({

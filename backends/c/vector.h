@@ -66,9 +66,82 @@ SS_INLINE void ss_vstore_bf16(uint16_t *p, ss_vf x) {
 SS_INLINE ss_vf ss_vselect(ss_vi mask, ss_vf a, ss_vf b) {
     return (ss_vf)(((ss_vi)a & mask) | ((ss_vi)b & ~mask));
 }
-SS_INLINE ss_vf ss_vmax(ss_vf a, ss_vf b) { return ss_vselect(a > b, a, b); }
+/* Where either is NaN: b. */
+SS_INLINE ss_vf ss_vmax(ss_vf a, ss_vf b) {
+#if SS_LANES == 16
+    return (ss_vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif SS_LANES == 8
+    return (ss_vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return ss_vselect(a > b, a, b);
+#endif
+}
 SS_INLINE float ss_vsum(ss_vf v) {
     float total = 0;
     for (int i = 0; i < SS_LANES; i++) total += v[i];
     return total;
+}
+
+/* 2^x, 0 below the smallest normal number: 2^i * p(f) with |f| <= 1/2; right up to x < 127.5. */
+SS_INLINE ss_vf ss_vexp2(ss_vf x) {
+    const ss_vf a = ss_vmax(ss_vset(-127.0f), x);
+    const ss_vf shifted = a + 12582912.0f; /* rounds: its low bits are i */
+    const ss_vf f = a - (shifted - 12582912.0f);
+    ss_vf p = ss_vset(1.54614478e-4f);
+    p = ss_vfma(p, f, ss_vset(1.33908668e-3f));
+    p = ss_vfma(p, f, ss_vset(9.61805694e-3f));
+    p = ss_vfma(p, f, ss_vset(5.55035695e-2f));
+    p = ss_vfma(p, f, ss_vset(2.40226507e-1f));
+    p = ss_vfma(p, f, ss_vset(6.93147182e-1f));
+    p = ss_vfma(p, f, ss_vset(1.0f));
+    return p * (ss_vf)(((ss_vi)shifted + 127) << 23); /* for i = -127 this factor is 0 */
+}
+
+/* -- products of pairs of bf16: each lane of 32 bits holds two neighbours of the summed dimension -- */
+
+#if SS_LANES == 16 && defined(__AVX512BF16__)
+#define SS_BF16_DOT 1
+#endif
+#ifdef SS_BF16_DOT
+SS_INLINE ss_vu ss_vuset(uint32_t x) { return x - (ss_vu){0}; }
+/* acc + a.low b.low + a.high b.high */
+SS_INLINE ss_vf ss_vdot_bf16(ss_vf acc, ss_vu a, ss_vu b) {
+    return (ss_vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+/* 32 neighbours, low first, as 16 pairs. */
+SS_INLINE ss_vu ss_vpack_bf16(ss_vf low, ss_vf high) {
+    return (ss_vu)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+/* Lane by lane: a low, b high. */
+SS_INLINE ss_vu ss_vpair_bf16(ss_vf a, ss_vf b) {
+    const ss_vu low = __builtin_convertvector((ss_vh)_mm512_cvtneps_pbh((__m512)a), ss_vu);
+    const ss_vu high = __builtin_convertvector((ss_vh)_mm512_cvtneps_pbh((__m512)b), ss_vu);
+    return low | high << 16;
+}
+#endif
+
+/* -- f64 --------------------------------------------------------------------------------------- */
+
+typedef double ss_vd __attribute__((vector_size(4 * SS_LANES)));
+
+SS_INLINE ss_vd ss_vdset(double x) { return x - (ss_vd){0}; }
+SS_INLINE ss_vd ss_vdfma(ss_vd a, ss_vd b, ss_vd c) {
+#if SS_LANES == 16
+    return (ss_vd)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif SS_LANES == 8
+    return (ss_vd)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+    return (ss_vd)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+    return a * b + c;
+#endif
+}
+/* Where either is NaN: b. */
+SS_INLINE ss_vd ss_vdmax(ss_vd a, ss_vd b) {
+    for (int i = 0; i < SS_LANES / 2; i++) b[i] = a[i] > b[i] ? a[i] : b[i];
+    return b;
+}
+SS_INLINE ss_vd ss_vdexp2(ss_vd x) {
+    for (int i = 0; i < SS_LANES / 2; i++) x[i] = exp2(x[i]);
+    return x;
 }

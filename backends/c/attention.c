@@ -1,0 +1,141 @@
+/* Attention in blocks: forward and gradients, without the scores in memory.
+ *
+ * For each block of queries: scores of a block of keys, their weights, what they add to the output;
+ * the largest score so far and the sum of weights are corrected on the way. The gradients compute the
+ * weights again from the log-sum-exp. Scores are kept as powers of two. Threads split heads and
+ * blocks of queries (gradients: heads of keys), never a sum: results are equal for every number of
+ * threads.
+ *
+ * Source: Dao, "FlashAttention-2", algorithms 1 and 2. */
+#include "attention.h"
+
+#include <omp.h>
+
+#include "prelude.h"
+#include "vector.h"
+
+#define SS_LOG2E 1.44269504088896340736
+#define SS_LN2 0.69314718055994530942
+
+SS_INLINE int64_t ss_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+SS_INLINE int64_t ss_least(int64_t a, int64_t b) { return a < b ? a : b; }
+SS_INLINE int64_t ss_most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* The next `bytes` of a thread's scratch, on a cache line of their own. */
+SS_INLINE void *ss_take(char **at, int64_t bytes) {
+    void *p = *at;
+    *at += ss_up(bytes, 64);
+    return p;
+}
+
+/* What a product of blocks leaves out under a causal mask, by the first row m of a tile. */
+typedef struct {
+    int64_t columns; /* nothing is wanted right of column m + columns */
+    int64_t end;     /* terms from m + end on are zero */
+    int64_t begin;   /* terms before m + begin are zero */
+} ss_clip;
+#define SS_ALL ((ss_clip){INT64_MAX / 2, INT64_MAX / 2, -INT64_MAX / 2})
+
+/* The first (or behind the last) of `count` items of thread t of n. */
+SS_INLINE int64_t ss_share(int64_t count, int t, int n) { return count * t / n; }
+
+/* About how much work a block of queries is. */
+SS_INLINE int64_t ss_block_cost(const ss_attention *s, int64_t t0) {
+    return 1 + (s->causal ? ss_least(s->keys, t0 + SS_FORWARD_QUERIES) : s->keys);
+}
+
+#if SS_LANES == 16
+#define SS_TALL 12
+#define SS_MID 8
+#define SS_LOW 4
+#elif SS_LANES == 8
+#define SS_TALL 6
+#define SS_MID 4
+#define SS_LOW 2
+#elif defined(__ARM_NEON)
+#define SS_TALL 8
+#define SS_MID 4
+#define SS_LOW 4
+#else
+#define SS_TALL 4
+#define SS_MID 4
+#define SS_LOW 4
+#endif
+
+#define NAME(x) ss_attention_##x##_f32
+#define REAL float
+#define LANES SS_LANES
+#define VEC ss_vf
+#define UNIT float
+#define KU 1
+#define VSET(x) ss_vset(x)
+#define VFMA(a, b, c) ss_vfma(a, b, c)
+#define VSTEP(acc, a, b) ss_vfma(ss_vset(a), b, acc)
+#define UVEC ss_vf
+#define VMAX(a, b) ss_vmax(a, b)
+#define VEXP2(x) ss_vexp2(x)
+#define RLOG(x) logf(x)
+#include "attention_kernel.h"
+
+#define NAME(x) ss_attention_##x##_f64
+#define REAL double
+#define LANES (SS_LANES / 2)
+#define VEC ss_vd
+#define UNIT double
+#define KU 1
+#define VSET(x) ss_vdset(x)
+#define VFMA(a, b, c) ss_vdfma(a, b, c)
+#define VSTEP(acc, a, b) ss_vdfma(ss_vdset(a), b, acc)
+#define UVEC ss_vd
+#define VMAX(a, b) ss_vdmax(a, b)
+#define VEXP2(x) ss_vdexp2(x)
+#define RLOG(x) log(x)
+#include "attention_kernel.h"
+
+/* Products of pairs of bf16 where the machine has them; elsewhere bf16 is computed in f32. */
+#ifdef SS_BF16_DOT
+#define NAME(x) ss_attention_##x##_bf16
+#define REAL float
+#define LANES SS_LANES
+#define VEC ss_vf
+#define UNIT uint32_t
+#define KU 2
+#define VSET(x) ss_vset(x)
+#define VFMA(a, b, c) ss_vfma(a, b, c)
+#define VSTEP(acc, a, b) ss_vdot_bf16(acc, ss_vuset(a), b)
+#define UVEC ss_vu
+#define VMAX(a, b) ss_vmax(a, b)
+#define VEXP2(x) ss_vexp2(x)
+#define RLOG(x) logf(x)
+#include "attention_kernel.h"
+#else
+#define ss_attention_forward_bf16 ss_attention_forward_f32
+#define ss_attention_backward_bf16 ss_attention_backward_f32
+#endif
+
+/* -- one call ---------------------------------------------------------------------------------- */
+
+typedef void (*part_of_thread)(const ss_attention *, void *const *, void *, int, int);
+
+static void run(part_of_thread part, const ss_attention *s, void *const *b, void *scratch,
+                int64_t threads) {
+    const int most = (int)ss_least(omp_get_max_threads(), threads);
+    if (most == 1) {
+        part(s, b, scratch, 0, 1);
+        return;
+    }
+#pragma omp parallel num_threads(most)
+    part(s, b, scratch, omp_get_thread_num(), omp_get_num_threads());
+}
+
+void ss_attention_forward(const ss_attention *s, void *const *b, void *scratch, int64_t threads) {
+    run(s->kind == SS_ELEM_F64    ? ss_attention_forward_f64
+        : s->kind == SS_ELEM_BF16 ? ss_attention_forward_bf16
+                                  : ss_attention_forward_f32, s, b, scratch, threads);
+}
+
+void ss_attention_backward(const ss_attention *s, void *const *b, void *scratch, int64_t threads) {
+    run(s->kind == SS_ELEM_F64    ? ss_attention_backward_f64
+        : s->kind == SS_ELEM_BF16 ? ss_attention_backward_bf16
+                                  : ss_attention_backward_f32, s, b, scratch, threads);
+}

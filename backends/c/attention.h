@@ -1,0 +1,33 @@
+/* Attention: what generated code and attention.c agree on.
+ *
+ * B batch, H heads of queries, G heads of keys and values (H / G of queries share one), T queries,
+ * S keys, D size of a head. */
+#pragma once
+#include <stdint.h>
+
+typedef enum { SS_ELEM_F32, SS_ELEM_BF16, SS_ELEM_F16, SS_ELEM_F64 } ss_element;
+
+typedef struct { int64_t b, h, t, d; } ss_strides; /* in elements */
+
+/* out = softmax(scale q k^T + mask) v, head by head. */
+typedef struct {
+    int64_t batch, heads, kv_heads, queries, keys, depth;
+    double scale;
+    int causal;    /* query t sees keys 0..t */
+    int kind;      /* ss_element of everything but the mask and the log-sum-exp */
+    int mask_kind; /* of the mask; -1: none */
+    ss_strides q, k, v, out, mask, lse, grad, dq, dk, dv;
+    int64_t scratch; /* bytes of one thread */
+} ss_attention;
+
+/* How many queries and keys make one block of scores; a panel is keys side by side in memory. */
+#define SS_PANEL 32
+#define SS_FORWARD_QUERIES 48
+#define SS_FORWARD_KEYS 256
+#define SS_BACKWARD_QUERIES 64
+#define SS_BACKWARD_KEYS 128
+
+/* b: q, k, v, mask if there is one, out, lse. At most `threads` threads take part. */
+void ss_attention_forward(const ss_attention *s, void *const *b, void *scratch, int64_t threads);
+/* b: grad, q, k, v, out, lse, mask if there is one, dq, dk, dv. */
+void ss_attention_backward(const ss_attention *s, void *const *b, void *scratch, int64_t threads);

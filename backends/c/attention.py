@@ -1,0 +1,194 @@
+"""Attention and its gradients as calls of the blocked kernels in attention.h.
+
+B: batch, H: heads of queries, G: heads of keys and values, T: queries, S: keys, D: size of a head.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from shoestring.ir import DTYPE_NAMES, Op
+
+from .claims import Claim, Orders
+from .nodes import Node, NodeOperand, Ref
+
+FORWARD = "aten._scaled_dot_product_flash_attention_for_cpu.default"
+BACKWARD = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
+FORWARD_OPERANDS = ("q", "k", "v", "mask")
+BACKWARD_OPERANDS = ("grad", "q", "k", "v", "out", "lse", "mask")
+HEADER = Path(__file__).with_name("attention.h")
+
+KINDS = {
+    torch.float32: "SS_ELEM_F32", torch.bfloat16: "SS_ELEM_BF16", torch.float16: "SS_ELEM_F16",
+    torch.float64: "SS_ELEM_F64",
+}  # fmt: skip
+PARALLEL_WORK = 1 << 19  # multiplications below which a second thread costs more than it saves
+
+HEADS_INSIDE = (0, 2, 1, 3)  # stored as [B, T, H, D]: the permutation after attention is free
+ROW_MAJOR = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: its operands by name, and sizes."""
+
+    backward: bool
+    refs: dict[str, Ref]
+    causal: bool
+    scale: float
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """B, H, G, T, S, D."""
+        q, k = self.refs["q"].shape, self.refs["k"].shape
+        return q[0], q[1], k[1], q[2], k[2], q[3]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.refs["q"].dtype
+
+
+def _case(op: Op, operands: tuple[NodeOperand, ...]) -> Case | str | None:
+    if op.name not in (FORWARD, BACKWARD):
+        return None
+    names = BACKWARD_OPERANDS if op.name == BACKWARD else FORWARD_OPERANDS
+    refs = {n: o for n, o in zip(names, operands, strict=True) if isinstance(o, Ref)}
+    scale = op.attrs.get("scale")
+    width = refs["q"].shape[-1]
+    factor = float(scale) if scale is not None else 1 / math.sqrt(max(width, 1))
+    case = Case(op.name == BACKWARD, refs, bool(op.attrs.get("is_causal", False)), factor)
+    return _refusal(op, case) or case
+
+
+def _refusal(op: Op, case: Case) -> str:
+    """Why generated code cannot do it; empty where it can."""
+    batch, heads, groups, _, keys, width = case.sizes
+    mask = case.refs.get("mask")
+    if op.attrs.get("dropout_p", 0.0):
+        return "dropout inside the op"
+    if not case.scale > 0:
+        return f"a scale of {case.scale}"
+    if case.dtype not in KINDS:
+        return f"elements of {DTYPE_NAMES.get(case.dtype, case.dtype)}"
+    if any(r.dtype is not case.dtype for n, r in case.refs.items() if n not in ("lse", "mask")):
+        return "operands of several types"
+    if mask is not None and (mask.dtype not in KINDS or len(mask.shape) not in (2, 4)):
+        return f"a mask of {DTYPE_NAMES.get(mask.dtype, mask.dtype)}{list(mask.shape)}"
+    if not batch * heads * groups * width:
+        return "no elements"
+    if heads % groups or case.refs["v"].shape != (batch, groups, keys, width):
+        return "heads of keys and values that do not divide those of queries"
+    return ""
+
+
+def result_orders(op: Op, operands: tuple[NodeOperand, ...]) -> Orders | None:
+    """How the results of attention are stored; None for other ops, or where it is refused."""
+    case = _case(op, operands)
+    if not isinstance(case, Case):
+        return None
+    return (HEADS_INSIDE,) * 3 if case.backward else (HEADS_INSIDE, ROW_MAJOR)
+
+
+def claim(node: Node) -> Claim | str | None:
+    """The kernel call for attention or its gradients."""
+    case = _case(node.op, node.operands)
+    if not isinstance(case, Case):
+        return case
+    results = ("dq", "dk", "dv") if case.backward else ("out", "lse")
+    named = {**case.refs, **dict(zip(results, node.results, strict=True))}
+    pointers = tuple(named.values())
+    written = tuple(range(len(pointers) - len(results), len(pointers)))
+    slots, scratch = _slots(case), _scratch_bytes(case)
+    stem = "attention_backward" if case.backward else "attention"
+    body = _body(case, named, slots, scratch)
+    return Claim(stem, _comment(node, case), body, pointers, written, slots * scratch)
+
+
+# -- text --------------------------------------------------------------------------------------
+
+
+def _comment(node: Node, case: Case) -> str:
+    shape = ",".join(map(str, case.refs["q"].shape))
+    what = "gradients of softmax(scale q k^T + mask) v" if case.backward else (
+        "softmax(scale q k^T + mask) v and the log-sum-exp of each row"
+    )  # fmt: skip
+    value = node.op.results[0].name
+    place = f", {node.loc.module}" if node.loc.module else ""
+    return f"// {what}: {DTYPE_NAMES[case.dtype]}[{shape}] %{value}{place}"
+
+
+def _body(case: Case, named: dict[str, Ref], slots: int, scratch: int) -> str:
+    batch, heads, groups, queries, keys, width = case.sizes
+    mask = named.get("mask")
+    mask_kind = KINDS[mask.dtype] if mask is not None else "-1"
+    lines = [
+        "static const ss_attention s = {",
+        f"    .batch = {batch}, .heads = {heads}, .kv_heads = {groups},",
+        f"    .queries = {queries}, .keys = {keys}, .depth = {width},",
+        f"    .scale = {case.scale!r}, .causal = {int(case.causal)},",
+        f"    .kind = {KINDS[case.dtype]}, .mask_kind = {mask_kind},",
+        *(f"    .{n} = {{{', '.join(map(str, _strides(n, r, case)))}}}," for n, r in named.items()),
+        f"    .scratch = {scratch},",
+        "};",
+    ]
+    way = "backward" if case.backward else "forward"
+    lines.append(f"ss_attention_{way}(&s, b, b[{len(named)}], {slots});")
+    return "\n".join("    " + x for x in lines)
+
+
+def _strides(name: str, ref: Ref, case: Case) -> tuple[int, ...]:
+    """Of the four dimensions of the kernel; a mask is broadcast."""
+    if name != "mask":
+        return ref.layout.strides
+    steps = [0 if n == 1 else s for n, s in zip(ref.shape, ref.layout.strides, strict=True)]
+    return (0,) * (4 - len(steps)) + tuple(steps)
+
+
+# -- sizes -------------------------------------------------------------------------------------
+
+
+@cache
+def _constant(name: str) -> int:
+    """A number that the header defines."""
+    found = re.search(rf"^#define {name} (\d+)\b", HEADER.read_text(), re.MULTILINE)
+    assert found is not None, f"{HEADER.name} defines {name}"
+    return int(found.group(1))
+
+
+def _slots(case: Case) -> int:
+    """The most threads that can take part; each has scratch of its own."""
+    batch, heads, groups, queries, keys, width = case.sizes
+    blocks = -(-queries // _constant("SS_FORWARD_QUERIES"))
+    tasks = batch * groups if case.backward else batch * heads * blocks
+    work = 2 * batch * heads * queries * keys * width
+    machine = max(os.cpu_count() or 1, torch.get_num_threads())
+    return max(1, min(tasks, machine, work // PARALLEL_WORK))
+
+
+def _scratch_bytes(case: Case) -> int:
+    """What one thread takes; as the kernels count it, for arithmetic without pairs."""
+    *_, keys, depth = case.sizes
+    size = max(case.dtype.itemsize, 4)
+    panel = _constant("SS_PANEL")
+    rows, width = _up(keys, panel), _up(depth, 16)
+    if not case.backward:
+        queries, block = _constant("SS_FORWARD_QUERIES"), _constant("SS_FORWARD_KEYS")
+        counts = [rows * width] * 2 + [queries * width] * 2
+        counts += [max(queries * block, panel * width), 2 * queries]
+    else:
+        queries, block = _constant("SS_BACKWARD_QUERIES"), _constant("SS_BACKWARD_KEYS")
+        square = queries * block
+        counts = [rows * width] * 5 + [queries * width] * 5 + [queries] * 2
+        counts += [max(square, panel * width), square, square // 2, square // 2]
+    return sum(_up(n * size, 64) for n in counts)
+
+
+def _up(n: int, step: int) -> int:
+    return -(-n // step) * step

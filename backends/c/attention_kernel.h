@@ -1,0 +1,516 @@
+/* Attention in one arithmetic; attention.c includes this once for each that is used.
+ *
+ * NAME(x): x with the arithmetic's suffix. REAL, VEC: sums. UNIT, UVEC: what is multiplied: a number
+ * or, where KU is 2, a pair of neighbours of the summed dimension. */
+
+SS_INLINE VEC NAME(load)(const REAL *p) { VEC v; memcpy(&v, p, sizeof v); return v; }
+SS_INLINE void NAME(store)(REAL *p, VEC v) { memcpy(p, &v, sizeof v); }
+SS_INLINE UVEC NAME(units)(const UNIT *p) { UVEC v; memcpy(&v, p, sizeof v); return v; }
+
+/* -- products ---------------------------------------------------------------------------------- */
+
+/* c[ROWS][NV * LANES] (+)= a b, in registers. a: rows ra apart, terms ca; b: terms rb apart. */
+#define SS_TILE(WHICH, ROWS, NV)                                                                   \
+    SS_INLINE void NAME(WHICH##_##NV)(                                                             \
+        int64_t k, const UNIT *a, int64_t ra, int64_t ca, const UNIT *b, int64_t rb, REAL *c,      \
+        int64_t rc, int add) {                                                                     \
+        VEC s[ROWS][NV];                                                                           \
+        _Pragma("GCC unroll 16") for (int i = 0; i < ROWS; i++)                                    \
+            _Pragma("GCC unroll 4") for (int j = 0; j < NV; j++)                                   \
+                s[i][j] = add ? NAME(load)(c + i * rc + j * LANES) : (VEC){0};                     \
+        for (int64_t p = 0; p < k; p++, a += ca, b += rb) {                                        \
+            UVEC v[NV];                                                                            \
+            _Pragma("GCC unroll 4") for (int j = 0; j < NV; j++)                                   \
+                v[j] = NAME(units)(b + j * LANES);                                                 \
+            _Pragma("GCC unroll 16") for (int i = 0; i < ROWS; i++) {                              \
+                const UNIT x = a[i * ra];                                                          \
+                _Pragma("GCC unroll 4") for (int j = 0; j < NV; j++)                               \
+                    s[i][j] = VSTEP(s[i][j], x, v[j]);                                             \
+            }                                                                                      \
+        }                                                                                          \
+        _Pragma("GCC unroll 16") for (int i = 0; i < ROWS; i++)                                    \
+            _Pragma("GCC unroll 4") for (int j = 0; j < NV; j++)                                   \
+                NAME(store)(c + i * rc + j * LANES, s[i][j]);                                      \
+    }
+
+/* One column of tiles, NV vectors wide and m rows (a multiple of SS_LOW) high, from column n on. */
+#define SS_COLUMN(NV)                                                                              \
+    SS_TILE(tall, SS_TALL, NV)                                                                     \
+    SS_TILE(mid, SS_MID, NV)                                                                       \
+    SS_TILE(low, SS_LOW, NV)                                                                       \
+    static __attribute__((noinline)) void NAME(column_##NV)(                                       \
+        int64_t n, int64_t m, int64_t k, const UNIT *a, int64_t ra, int64_t ca, const UNIT *b,     \
+        int64_t rb, REAL *c, int64_t rc, int add, ss_clip clip) {                                  \
+        for (int64_t i = 0, rows; i < m; i += rows) {                                              \
+            rows = m - i >= SS_TALL ? SS_TALL : m - i >= SS_MID ? SS_MID : SS_LOW;                 \
+            if (n > i + rows - 1 + clip.columns) continue;                                         \
+            const int64_t from = ss_most(0, i + clip.begin) / KU;                                  \
+            const int64_t to = ss_least(k, (ss_most(0, i + rows + clip.end) + KU - 1) / KU);       \
+            const int64_t terms = to - from;                                                       \
+            const UNIT *x = a + i * ra + from * ca, *y = b + from * rb;                            \
+            REAL *z = c + i * rc + n;                                                              \
+            if (rows == SS_TALL) NAME(tall_##NV)(terms, x, ra, ca, y, rb, z, rc, add);             \
+            else if (rows == SS_MID) NAME(mid_##NV)(terms, x, ra, ca, y, rb, z, rc, add);          \
+            else NAME(low_##NV)(terms, x, ra, ca, y, rb, z, rc, add);                              \
+        }                                                                                          \
+    }
+SS_COLUMN(1)
+SS_COLUMN(2)
+
+/* c[m][n] (+)= a[m][k] b[k][n]; k counts units; column j of b is at (j / 32) pb + j % 32. */
+static void NAME(product)(
+    int64_t m, int64_t n, int64_t k, const UNIT *a, int64_t ra, int64_t ca, const UNIT *b,
+    int64_t rb, int64_t pb, REAL *c, int64_t rc, int add, ss_clip clip) {
+    for (int64_t j = 0; j < n;) {
+        const UNIT *column = b + j / SS_PANEL * pb + j % SS_PANEL;
+        if (n - j >= 2 * LANES) {
+            NAME(column_2)(j, m, k, a, ra, ca, column, rb, c, rc, add, clip);
+            j += 2 * LANES;
+        } else {
+            NAME(column_1)(j, m, k, a, ra, ca, column, rb, c, rc, add, clip);
+            j += LANES;
+        }
+    }
+}
+
+/* -- packing ----------------------------------------------------------------------------------- */
+
+/* One row of `depth` elements, zeros up to `width`. */
+static void NAME(pack_row)(
+    const void *p, int64_t at, int64_t step, int kind, int64_t depth, int64_t width, UNIT *row) {
+#if KU == 2
+    uint16_t *to = (uint16_t *)row;
+    const uint16_t *from = (const uint16_t *)p + at;
+    if (step == 1) memcpy(to, from, depth * 2);
+    else for (int64_t d = 0; d < depth; d++) to[d] = from[d * step];
+#else
+    REAL *to = row;
+#define SS_COPY(T, f)                                                                              \
+    {                                                                                              \
+        const T *from = (const T *)p + at;                                                         \
+        if (step == 1) for (int64_t d = 0; d < depth; d++) to[d] = f(from[d]);                     \
+        else for (int64_t d = 0; d < depth; d++) to[d] = f(from[d * step]);                        \
+    }
+    if (kind == SS_ELEM_F32) SS_COPY(float, )
+    else if (kind == SS_ELEM_BF16) SS_COPY(uint16_t, ss_from_bf16)
+    else if (kind == SS_ELEM_F16) SS_COPY(_Float16, (REAL))
+    else SS_COPY(double, (REAL))
+#undef SS_COPY
+#endif
+    for (int64_t d = depth; d < width; d++) to[d] = 0;
+}
+
+/* rows[n][width]: a block as it is, each row padded with zeros. */
+static void NAME(pack)(
+    const void *p, int64_t at, ss_strides s, int kind, int64_t n, int64_t depth, int64_t width,
+    UNIT *rows) {
+    for (int64_t i = 0; i < n; i++)
+        NAME(pack_row)(p, at + i * s.t, s.d, kind, depth, width, rows + i * (width / KU));
+}
+
+/* Columns for products that sum over `width`: [panel][width / KU][32], from packed rows. */
+static void NAME(turn)(const UNIT *rows, int64_t n, int64_t width, UNIT *panels) {
+    const int64_t units = width / KU;
+    for (int64_t i = 0; i < n; i += SS_PANEL, panels += SS_PANEL * units) {
+        const int64_t some = ss_least(SS_PANEL, n - i);
+        for (int64_t u = 0; u < units; u++) {
+            for (int64_t l = 0; l < some; l++) panels[u * SS_PANEL + l] = rows[(i + l) * units + u];
+            for (int64_t l = some; l < SS_PANEL; l++) panels[u * SS_PANEL + l] = 0;
+        }
+    }
+}
+
+/* Columns for products that sum over the rows: [n / KU][width], from packed rows; n is even. */
+static void NAME(pair)(const UNIT *rows, int64_t n, int64_t width, UNIT *pairs) {
+#if KU == 2
+    for (int64_t i = 0; i < n; i += 2) {
+        const uint16_t *a = (const uint16_t *)(rows + i * (width / 2)), *b = a + width;
+        for (int64_t d = 0; d < width; d++)
+            pairs[i / 2 * width + d] = (uint32_t)a[d] | (uint32_t)b[d] << 16;
+    }
+#else
+    memcpy(pairs, rows, n * width * sizeof(UNIT));
+#endif
+}
+
+static void NAME(unpack_row)(
+    const REAL *row, REAL factor, void *p, int64_t at, int64_t step, int kind, int64_t depth) {
+#define SS_COPY(T, f)                                                                              \
+    {                                                                                              \
+        T *to = (T *)p + at;                                                                       \
+        if (step == 1) for (int64_t d = 0; d < depth; d++) to[d] = f(row[d] * factor);             \
+        else for (int64_t d = 0; d < depth; d++) to[d * step] = f(row[d] * factor);                \
+    }
+    if (kind == SS_ELEM_F32) SS_COPY(float, (float))
+    else if (kind == SS_ELEM_BF16) SS_COPY(uint16_t, ss_to_bf16)
+    else if (kind == SS_ELEM_F16) SS_COPY(_Float16, (_Float16))
+    else SS_COPY(double, (double))
+#undef SS_COPY
+}
+
+/* -- scores ------------------------------------------------------------------------------------ */
+
+/* row[0..n) as powers of two with the mask added. */
+static void NAME(add_mask)(
+    const ss_attention *s, const void *mask, int64_t at, int64_t n, REAL *restrict row) {
+    const REAL c = (REAL)(s->scale * SS_LOG2E), log2e = (REAL)SS_LOG2E;
+    const int64_t step = s->mask.d;
+#define SS_ADD(T, f)                                                                               \
+    {                                                                                              \
+        const T *restrict m = (const T *)mask + at;                                                \
+        if (step == 1) for (int64_t j = 0; j < n; j++) row[j] = row[j] * c + f(m[j]) * log2e;      \
+        else for (int64_t j = 0; j < n; j++) row[j] = row[j] * c + f(m[j * step]) * log2e;         \
+    }
+    if (s->mask_kind == SS_ELEM_F32) SS_ADD(float, )
+    else if (s->mask_kind == SS_ELEM_BF16) SS_ADD(uint16_t, ss_from_bf16)
+    else if (s->mask_kind == SS_ELEM_F16) SS_ADD(_Float16, (REAL))
+    else SS_ADD(double, (REAL))
+#undef SS_ADD
+}
+
+SS_INLINE int64_t NAME(seen)(const ss_attention *s, int64_t query, int64_t k0, int64_t n) {
+    return s->causal ? ss_most(0, ss_least(n, query + 1 - k0)) : n;
+}
+
+/* Numbers to units, in place, for products that sum along the row; width is a multiple of 32. */
+SS_INLINE void NAME(narrow)(REAL *row, int64_t width) {
+#if KU == 2
+    for (int64_t j = 0; j < width; j += 2 * LANES) {
+        const ss_vu v = ss_vpack_bf16(NAME(load)(row + j), NAME(load)(row + j + LANES));
+        memcpy((UNIT *)row + j / 2, &v, sizeof v);
+    }
+#endif
+}
+
+/* -- forward ----------------------------------------------------------------------------------- */
+
+/* What a row knows of the scores so far. */
+typedef struct { REAL largest, total; } NAME(row);
+
+/* Scores row[0..n) to weights, zeros up to width; the factor for what was summed before. */
+SS_INLINE REAL NAME(weigh)(REAL *row, int64_t n, int64_t width, REAL c, NAME(row) *known) {
+    const int64_t full = ss_up(n, LANES);
+    for (int64_t j = n; j < full; j++) row[j] = -INFINITY;
+    VEC top = VSET((REAL)-INFINITY);
+    for (int64_t j = 0; j < full; j += LANES) top = VMAX(NAME(load)(row + j), top);
+    REAL largest = known->largest;
+    for (int i = 0; i < LANES; i++) largest = top[i] * c > largest ? top[i] * c : largest;
+    const REAL from = largest == -INFINITY ? 0 : largest;
+    VEC total = {0};
+    for (int64_t j = 0; j < full; j += LANES) {
+        const VEC p = VEXP2(VFMA(NAME(load)(row + j), VSET(c), VSET(-from)));
+        total += p;
+        NAME(store)(row + j, p);
+    }
+    for (int64_t j = full; j < width; j++) row[j] = 0;
+    const REAL factor = VEXP2(VSET(known->largest - from))[0];
+    REAL sum = 0;
+    for (int i = 0; i < LANES; i++) sum += total[i];
+    known->largest = largest;
+    known->total = known->total * factor + sum;
+    return factor;
+}
+
+typedef struct {
+    UNIT *keys, *values, *q;
+    REAL *scores, *out;
+    NAME(row) *rows;
+} NAME(forward_scratch);
+
+/* Queries t0.. of one head, from packed keys and values. */
+static void NAME(forward_block)(
+    const ss_attention *s, void *const *b, NAME(forward_scratch) *w, int64_t batch, int64_t head,
+    int64_t t0) {
+    const int64_t n = ss_least(SS_FORWARD_QUERIES, s->queries - t0), m = ss_up(n, SS_LOW);
+    const int64_t width = ss_up(s->depth, 16), ld = SS_FORWARD_KEYS;
+    const int64_t end = s->causal ? ss_least(s->keys, t0 + n) : s->keys;
+    const REAL c = s->mask_kind < 0 ? (REAL)(s->scale * SS_LOG2E) : 1;
+    NAME(pack)(b[0], batch * s->q.b + head * s->q.h + t0 * s->q.t, s->q, s->kind, n, s->depth,
+               width, w->q);
+    for (int64_t i = 0; i < n; i++) w->rows[i] = (NAME(row)){-INFINITY, 0};
+    memset(w->out, 0, m * width * sizeof(REAL));
+    for (int64_t k0 = 0; k0 < end; k0 += ld) {
+        const int64_t some = ss_least(ld, end - k0), wide = ss_up(some, SS_PANEL);
+        const int64_t ahead = s->causal ? t0 - k0 : INT64_MAX / 4;
+        NAME(product)(m, wide, width / KU, w->q, width / KU, 1, w->keys + k0 * (width / KU),
+                      SS_PANEL, width / KU * SS_PANEL, w->scores, ld, 0,
+                      (ss_clip){ahead, INT64_MAX / 4, -INT64_MAX / 4});
+        for (int64_t i = 0; i < n; i++) {
+            REAL *row = w->scores + i * ld;
+            const int64_t seen = NAME(seen)(s, t0 + i, k0, some);
+            if (s->mask_kind >= 0)
+                NAME(add_mask)(s, b[3], batch * s->mask.b + head * s->mask.h +
+                               (t0 + i) * s->mask.t + k0 * s->mask.d, seen, row);
+            const REAL factor = NAME(weigh)(row, seen, wide, c, &w->rows[i]);
+            NAME(narrow)(row, wide);
+            if (factor != 1)
+                for (int64_t d = 0; d < width; d++) w->out[i * width + d] *= factor;
+        }
+        NAME(product)(m, width, wide / KU, (UNIT *)w->scores, ld, 1, w->values + k0 / KU * width,
+                      width, SS_PANEL, w->out, width, 1,
+                      (ss_clip){INT64_MAX / 4, ahead, -INT64_MAX / 4});
+    }
+    void *out = b[s->mask_kind < 0 ? 3 : 4], *lse = b[s->mask_kind < 0 ? 4 : 5];
+    for (int64_t i = 0; i < n; i++) {
+        const REAL total = w->rows[i].total, t = t0 + i;
+        NAME(unpack_row)(w->out + i * width, total == 0 ? 0 : 1 / total, out,
+                         batch * s->out.b + head * s->out.h + (t0 + i) * s->out.t, s->out.d,
+                         s->kind, s->depth);
+        ((REAL *)lse)[batch * s->lse.b + head * s->lse.h + (t0 + i) * s->lse.t] =
+            total == 0 ? 0 : w->rows[i].largest * (REAL)SS_LN2 + RLOG(total);
+    }
+}
+
+/* Keys and values of one head, packed. */
+static void NAME(forward_pack)(
+    const ss_attention *s, void *const *b, NAME(forward_scratch) *w, int64_t batch, int64_t head) {
+    const int64_t width = ss_up(s->depth, 16), units = width / KU;
+    UNIT *rows = (UNIT *)w->scores; /* a panel of rows at a time */
+    for (int64_t k = 0; k < s->keys; k += SS_PANEL) {
+        const int64_t n = ss_least(SS_PANEL, s->keys - k);
+        NAME(pack)(b[1], batch * s->k.b + head * s->k.h + k * s->k.t, s->k, s->kind, n, s->depth,
+                   width, rows);
+        NAME(turn)(rows, n, width, w->keys + k * units);
+        NAME(pack)(b[2], batch * s->v.b + head * s->v.h + k * s->v.t, s->v, s->kind, n, s->depth,
+                   width, rows);
+        memset(rows + n * units, 0, (SS_PANEL - n) * units * sizeof(UNIT));
+        NAME(pair)(rows, SS_PANEL, width, w->values + k * units);
+    }
+}
+
+/* Thread `thread` of `threads`: blocks of queries of equal cost, whole heads as far as possible. */
+static void NAME(forward)(
+    const ss_attention *s, void *const *b, void *scratch, int thread, int threads) {
+    const int64_t width = ss_up(s->depth, 16), keys = ss_up(s->keys, SS_PANEL);
+    char *at = (char *)scratch + thread * s->scratch;
+    NAME(forward_scratch) w;
+    w.keys = ss_take(&at, keys * width / KU * sizeof(UNIT));
+    w.values = ss_take(&at, keys * width / KU * sizeof(UNIT));
+    w.q = ss_take(&at, SS_FORWARD_QUERIES * width / KU * sizeof(UNIT));
+    w.out = ss_take(&at, SS_FORWARD_QUERIES * width * sizeof(REAL));
+    w.scores = ss_take(&at, ss_most(SS_FORWARD_QUERIES * SS_FORWARD_KEYS, SS_PANEL * width) *
+                       sizeof(REAL));
+    w.rows = ss_take(&at, SS_FORWARD_QUERIES * sizeof(NAME(row)));
+    const int64_t heads = s->batch * s->heads, group = s->heads / s->kv_heads;
+    int64_t cost = 0, done = 0, packed = -1;
+    for (int64_t t = 0; t < s->queries; t += SS_FORWARD_QUERIES)
+        cost += ss_block_cost(s, t);
+    for (int64_t h = 0; h < heads; h++)
+        for (int64_t t = 0; t < s->queries; t += SS_FORWARD_QUERIES) {
+            const int64_t mine = done * threads / (cost * heads);
+            done += ss_block_cost(s, t);
+            if (mine != thread) continue;
+            const int64_t batch = h / s->heads, head = h % s->heads;
+            if (h / group != packed) NAME(forward_pack)(s, b, &w, batch, head / group);
+            packed = h / group;
+            NAME(forward_block)(s, b, &w, batch, head, t);
+        }
+}
+
+/* -- backward ---------------------------------------------------------------------------------- */
+
+typedef struct {
+    UNIT *keys, *values;    /* columns for scores and for gradients of weights */
+    UNIT *key_rows;         /* columns for gradients of queries */
+    UNIT *q, *grad;         /* a block of queries and of gradients of the output */
+    UNIT *q_rows, *grad_rows;
+    UNIT *weights_t, *grads, *grads_t; /* of one block of scores; _t: summed over queries */
+    REAL *scores, *grad_scores, *dq, *dk, *dv, *lse, *delta;
+} NAME(backward_scratch);
+
+/* Weights from scores, and their gradients from products; zeros behind n. */
+SS_INLINE void NAME(differentiate)(
+    REAL *row, REAL *grad, int64_t n, int64_t width, REAL c, REAL lse, REAL delta) {
+    const int64_t full = ss_up(n, LANES);
+    for (int64_t j = n; j < full; j++) row[j] = -INFINITY, grad[j] = 0;
+    for (int64_t j = 0; j < full; j += LANES) {
+        const VEC p = VEXP2(VFMA(NAME(load)(row + j), VSET(c), VSET(-lse)));
+        NAME(store)(row + j, p);
+        NAME(store)(grad + j, p * (NAME(load)(grad + j) - VSET(delta)));
+    }
+    for (int64_t j = full; j < width; j++) row[j] = 0, grad[j] = 0;
+}
+
+/* The sum over d of x[d] y[d]. */
+static REAL NAME(dot)(
+    const void *x, int64_t at_x, int64_t step_x, const void *y, int64_t at_y, int64_t step_y,
+    int kind, int64_t depth) {
+    REAL sum = 0;
+#define SS_DOT(T, f)                                                                               \
+    {                                                                                              \
+        const T *a = (const T *)x + at_x, *b = (const T *)y + at_y;                                \
+        REAL lanes[16] = {0};                                                                      \
+        int64_t d = 0;                                                                             \
+        if (step_x == 1 && step_y == 1)                                                            \
+            for (; d + 16 <= depth; d += 16)                                                       \
+                for (int l = 0; l < 16; l++) lanes[l] += f(a[d + l]) * f(b[d + l]);                \
+        for (; d < depth; d++) sum += f(a[d * step_x]) * f(b[d * step_y]);                         \
+        for (int l = 0; l < 16; l++) sum += lanes[l];                                              \
+    }
+    if (kind == SS_ELEM_F32) SS_DOT(float, )
+    else if (kind == SS_ELEM_BF16) SS_DOT(uint16_t, ss_from_bf16)
+    else if (kind == SS_ELEM_F16) SS_DOT(_Float16, (REAL))
+    else SS_DOT(double, (REAL))
+#undef SS_DOT
+    return sum;
+}
+
+/* Two rows of numbers to one of pairs. */
+SS_INLINE void NAME(join)(const REAL *row, int64_t ld, int64_t width, UNIT *pairs) {
+#if KU == 2
+    for (int64_t j = 0; j < width; j += LANES) {
+        const ss_vu v = ss_vpair_bf16(NAME(load)(row + j), NAME(load)(row + ld + j));
+        memcpy(pairs + j, &v, sizeof v);
+    }
+#endif
+}
+
+/* Queries t0.. of one head: dq is written, dk and dv are added to. */
+static void NAME(backward_block)(
+    const ss_attention *s, void *const *b, NAME(backward_scratch) *w, int64_t batch, int64_t head,
+    int64_t t0) {
+    const int has_mask = s->mask_kind >= 0;
+    const int64_t n = ss_least(SS_BACKWARD_QUERIES, s->queries - t0), m = ss_up(n, 4);
+    const int64_t width = ss_up(s->depth, 16), units = width / KU, ld = SS_BACKWARD_KEYS;
+    const int64_t end = s->causal ? ss_least(s->keys, t0 + n) : s->keys;
+    const REAL c = has_mask ? 1 : (REAL)(s->scale * SS_LOG2E);
+    NAME(pack)(b[0], batch * s->grad.b + head * s->grad.h + t0 * s->grad.t, s->grad, s->kind, n,
+               s->depth, width, w->grad);
+    NAME(pack)(b[1], batch * s->q.b + head * s->q.h + t0 * s->q.t, s->q, s->kind, n, s->depth,
+               width, w->q);
+    memset(w->grad + n * units, 0, (m - n) * units * sizeof(UNIT));
+    memset(w->q + n * units, 0, (m - n) * units * sizeof(UNIT));
+    if (KU == 2) {
+        NAME(pair)(w->grad, m, width, w->grad_rows);
+        NAME(pair)(w->q, m, width, w->q_rows);
+    }
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t t = t0 + i;
+        const REAL lse = ((const REAL *)b[5])[batch * s->lse.b + head * s->lse.h + t * s->lse.t];
+        w->lse[i] = lse == -INFINITY ? 0 : lse * (REAL)SS_LOG2E;
+        w->delta[i] = NAME(dot)(b[0], batch * s->grad.b + head * s->grad.h + t * s->grad.t,
+                                s->grad.d, b[4], batch * s->out.b + head * s->out.h + t * s->out.t,
+                                s->out.d, s->kind, s->depth);
+    }
+    memset(w->dq, 0, m * width * sizeof(REAL));
+    for (int64_t k0 = 0; k0 < end; k0 += ld) {
+        const int64_t some = ss_least(ld, end - k0), wide = ss_up(some, SS_PANEL);
+        const int64_t ahead = s->causal ? t0 - k0 : INT64_MAX / 4;
+        const ss_clip upper = {ahead, INT64_MAX / 4, -INT64_MAX / 4};
+        NAME(product)(m, wide, units, w->q, units, 1, w->keys + k0 * units, SS_PANEL,
+                      units * SS_PANEL, w->scores, ld, 0, upper);
+        NAME(product)(m, wide, units, w->grad, units, 1, w->values + k0 * units, SS_PANEL,
+                      units * SS_PANEL, w->grad_scores, ld, 0, upper);
+        for (int64_t i = 0; i < m; i++) {
+            REAL *row = w->scores + i * ld, *grad = w->grad_scores + i * ld;
+            const int64_t seen = i < n ? NAME(seen)(s, t0 + i, k0, some) : 0;
+            if (has_mask && seen)
+                NAME(add_mask)(s, b[6], batch * s->mask.b + head * s->mask.h +
+                               (t0 + i) * s->mask.t + k0 * s->mask.d, seen, row);
+            NAME(differentiate)(row, grad, seen, wide, c, i < n ? w->lse[i] : 0,
+                                i < n ? w->delta[i] : 0);
+        }
+        if (KU == 2) {
+            for (int64_t i = 0; i < m; i += 2) {
+                NAME(join)(w->scores + i * ld, ld, wide, w->weights_t + i / 2 * ld);
+                NAME(join)(w->grad_scores + i * ld, ld, wide, w->grads_t + i / 2 * ld);
+            }
+            for (int64_t i = 0; i < m; i++) NAME(narrow)(w->grad_scores + i * ld, wide);
+        }
+        const int64_t rows = ss_up(some, 4);
+        const ss_clip lower = {INT64_MAX / 4, INT64_MAX / 4, -ahead};
+        NAME(product)(rows, width, m / KU, w->weights_t, 1, ld, w->grad_rows, width, SS_PANEL,
+                      w->dv + k0 * width, width, 1, lower);
+        NAME(product)(rows, width, m / KU, w->grads_t, 1, ld, w->q_rows, width, SS_PANEL,
+                      w->dk + k0 * width, width, 1, lower);
+        NAME(product)(m, width, wide / KU, w->grads, ld, 1, w->key_rows + k0 * units, width,
+                      SS_PANEL, w->dq, width, 1, (ss_clip){INT64_MAX / 4, ahead, -INT64_MAX / 4});
+    }
+    void *dq = b[6 + has_mask];
+    for (int64_t i = 0; i < n; i++)
+        NAME(unpack_row)(w->dq + i * width, (REAL)s->scale, dq,
+                         batch * s->dq.b + head * s->dq.h + (t0 + i) * s->dq.t, s->dq.d, s->kind,
+                         s->depth);
+}
+
+static void NAME(backward_head)(
+    const ss_attention *s, void *const *b, NAME(backward_scratch) *w, int64_t batch, int64_t head) {
+    const int64_t width = ss_up(s->depth, 16), units = width / KU;
+    const int64_t group = s->heads / s->kv_heads, keys = ss_up(s->keys, SS_PANEL);
+    UNIT *rows = (UNIT *)w->scores;
+    for (int64_t k = 0; k < s->keys; k += SS_PANEL) {
+        const int64_t n = ss_least(SS_PANEL, s->keys - k);
+        NAME(pack)(b[3], batch * s->v.b + head * s->v.h + k * s->v.t, s->v, s->kind, n, s->depth,
+                   width, rows);
+        NAME(turn)(rows, n, width, w->values + k * units);
+        NAME(pack)(b[2], batch * s->k.b + head * s->k.h + k * s->k.t, s->k, s->kind, n, s->depth,
+                   width, rows);
+        memset(rows + n * units, 0, (SS_PANEL - n) * units * sizeof(UNIT));
+        NAME(turn)(rows, n, width, w->keys + k * units);
+        NAME(pair)(rows, SS_PANEL, width, w->key_rows + k * units);
+    }
+    memset(w->dk, 0, keys * width * sizeof(REAL));
+    memset(w->dv, 0, keys * width * sizeof(REAL));
+    for (int64_t h = head * group; h < (head + 1) * group; h++)
+        for (int64_t t = 0; t < s->queries; t += SS_BACKWARD_QUERIES)
+            NAME(backward_block)(s, b, w, batch, h, t);
+    const int first = s->mask_kind < 0 ? 7 : 8;
+    for (int64_t k = 0; k < s->keys; k++) {
+        NAME(unpack_row)(w->dk + k * width, (REAL)s->scale, b[first],
+                         batch * s->dk.b + head * s->dk.h + k * s->dk.t, s->dk.d, s->kind,
+                         s->depth);
+        NAME(unpack_row)(w->dv + k * width, 1, b[first + 1],
+                         batch * s->dv.b + head * s->dv.h + k * s->dv.t, s->dv.d, s->kind,
+                         s->depth);
+    }
+}
+
+/* Thread `thread` of `threads`: whole heads of keys, whose gradients nobody else adds to. */
+static void NAME(backward)(
+    const ss_attention *s, void *const *b, void *scratch, int thread, int threads) {
+    const int64_t width = ss_up(s->depth, 16), keys = ss_up(s->keys, SS_PANEL);
+    const int64_t columns = keys * width / KU * sizeof(UNIT), sums = keys * width * sizeof(REAL);
+    const int64_t block = SS_BACKWARD_QUERIES * width / KU * sizeof(UNIT);
+    const int64_t square = SS_BACKWARD_QUERIES * SS_BACKWARD_KEYS * sizeof(REAL);
+    char *at = (char *)scratch + thread * s->scratch;
+    NAME(backward_scratch) w;
+    w.keys = ss_take(&at, columns);
+    w.values = ss_take(&at, columns);
+    w.key_rows = ss_take(&at, columns);
+    w.dk = ss_take(&at, sums);
+    w.dv = ss_take(&at, sums);
+    w.q = w.q_rows = ss_take(&at, block);
+    w.grad = w.grad_rows = ss_take(&at, block);
+    w.dq = ss_take(&at, SS_BACKWARD_QUERIES * width * sizeof(REAL));
+    w.lse = ss_take(&at, SS_BACKWARD_QUERIES * sizeof(REAL));
+    w.delta = ss_take(&at, SS_BACKWARD_QUERIES * sizeof(REAL));
+    w.scores = ss_take(&at, ss_most(square, SS_PANEL * width * sizeof(REAL)));
+    w.grad_scores = ss_take(&at, square);
+    w.weights_t = (UNIT *)w.scores;
+    w.grads = w.grads_t = (UNIT *)w.grad_scores;
+    if (KU == 2) {
+        w.q_rows = ss_take(&at, block);
+        w.grad_rows = ss_take(&at, block);
+        w.weights_t = ss_take(&at, square / 2);
+        w.grads_t = ss_take(&at, square / 2);
+    }
+    const int64_t heads = s->batch * s->kv_heads;
+    for (int64_t h = ss_share(heads, thread, threads); h < ss_share(heads, thread + 1, threads); h++)
+        NAME(backward_head)(s, b, &w, h / s->kv_heads, h % s->kv_heads);
+}
+
+#undef NAME
+#undef REAL
+#undef LANES
+#undef VEC
+#undef UNIT
+#undef KU
+#undef VSET
+#undef VFMA
+#undef VSTEP
+#undef UVEC
+#undef VMAX
+#undef VEXP2
+#undef RLOG
+#undef SS_TILE
+#undef SS_COLUMN

@@ -1,0 +1,59 @@
+"""Library ops that generated code of our own carries out instead.
+
+A claimer looks at a node whose work is `LIBRARY` and gives the C function that does it, the reason
+why it cannot, or None where the op is not its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shoestring.ir import Op
+
+if TYPE_CHECKING:
+    from .nodes import Node, NodeOperand, Ref
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A C function for one node.
+
+    Attributes:
+        stem: a short name.
+        comment: what it computes, as C comments.
+        body: its text without name, reading pointers `b[i]`.
+        pointers: what each `b[i]` points to; `b[len(pointers)]` is the scratch if there is any.
+        written: positions in `pointers` that it writes.
+        scratch: bytes that it needs while it runs; planned like any buffer.
+    """
+
+    stem: str
+    comment: str
+    body: str
+    pointers: tuple[Ref, ...]
+    written: tuple[int, ...]
+    scratch: int = 0
+
+
+Claimer = Callable[["Node"], Claim | str | None]
+Orders = tuple[tuple[int, ...], ...]
+
+
+def claim(node: Node) -> Claim | str | None:
+    """The C for a library node, or why there is none; None where nobody knows the op."""
+    from . import attention
+
+    claimers: tuple[Claimer, ...] = (attention.claim,)
+    return next((found for c in claimers if (found := c(node)) is not None), None)
+
+
+def result_orders(op: Op, operands: tuple[NodeOperand, ...]) -> Orders | None:
+    """The order in which a claimed op stores the dimensions of each result, outermost first.
+
+    None where results are stored row-major, as those of every other op.
+    """
+    from . import attention
+
+    return attention.result_orders(op, operands)
