@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import math
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -161,26 +161,24 @@ def aggregate(instructions: Any, timings: list[Timing], steps: int) -> list[dict
 
 
 def describe(instruction: Any) -> str:
-    """What an instruction does: op and sizes of a library call; ops and size of a kernel."""
+    """What an instruction does: op or ops, and sizes; a kernel's operands are flat."""
     ops: tuple[str, ...] | None = getattr(instruction, "ops", None)
     if ops is None:
-        shapes = " ".join(shape_text(r) for r in instruction.regions[:3])
-        return f"{short(instruction.name)} {shapes}"
+        return f"{short(instruction.name)} {sizes(instruction.regions)}"
     counted = Counter(map(short, ops)).most_common()
     parts = [name if n == 1 else f"{n} {name}" for name, n in counted[:NAMED_OPS]]
     left = len(counted) - len(parts)
     more = f" and {left} more" if left else ""
-    largest = max(instruction.regions, key=lambda r: math.prod(r.shape), default=None)
-    size = "" if largest is None else f" {shape_text(largest)}"
-    return f"kernel of {', '.join(parts)}{more}{size}"
+    results = [v.type for v in instruction.results]
+    return f"kernel of {', '.join(parts)}{more} {sizes(instruction.regions)} -> {sizes(results)}"
+
+
+def sizes(tensors: Sequence[Any]) -> str:
+    """The first three: `[2048,384] [384,1536] [2048,1536]`."""
+    return " ".join(f"[{','.join(map(str, t.shape))}]" for t in tensors[:3])
 
 
 def short(op: str) -> str:
     """`aten.mm.default` -> `mm`."""
     pieces = op.split(".")
     return pieces[1] if len(pieces) > 1 else op
-
-
-def shape_text(region: Any) -> str:
-    """`[2048,384]`."""
-    return f"[{','.join(map(str, region.shape))}]"
