@@ -9,8 +9,11 @@ back.
 
 from __future__ import annotations
 
+from bisect import bisect
 from dataclasses import dataclass, field
 from typing import Literal
+
+from shoestring.ir import Phase
 
 from .atoms import Atoms, Run, strides_of
 from .layout import row_major
@@ -20,6 +23,7 @@ from .reductions import keeps_dims, reduced_dims
 
 MAX_NODES = 96
 MAX_SEARCH = 256
+HELD = 1 << 20  # bytes that may be kept alive longer for the sake of one kernel
 
 
 @dataclass(eq=False, slots=True)
@@ -72,6 +76,7 @@ class Grouping:
         self.placed: dict[Node, Placed] = {}
         self.fuse = fuse
         self.wide_readers = _wide_readers(work)
+        self.heavy = [n.index for n in work.nodes if n.work in (Work.PRODUCT, Work.LIBRARY)]
         for node in work.nodes:
             self._add(node)
 
@@ -125,6 +130,8 @@ class Grouping:
             return
         if ref.layout.numel == 1 and not self._may_share_number(a, b):
             return
+        if self._comes_back(a, b) or self._waits(a, b):
+            return
         mark = self.atoms.mark()
         tied = self._tie_all(a, b) and self._tie_rest(a, b)
         merged = self._levels(a, b) if tied and self._is_epilogue(a, b) else None
@@ -145,6 +152,33 @@ class Grouping:
         if self.atoms.resolve(a.full):
             return False
         return all(self.wide_readers.get(o, 0) <= 1 for p in a.nodes for o in p.node.outs)
+
+    def _comes_back(self, a: Unit, b: Unit) -> bool:
+        """Whether `b` belongs to the backward pass and would be computed, and kept, before it.
+
+        A value that is computed again to save memory comes so from what its original came from.
+        """
+        if any(p.node.loc.phase is Phase.FORWARD for p in b.nodes):
+            return False
+        if all(p.node.loc.phase is not Phase.FORWARD for p in a.nodes):
+            return False
+        start, end = (bisect(self.heavy, i) for i in (a.last, b.nodes[0].node.index))
+        return start < end
+
+    def _waits(self, a: Unit, b: Unit) -> bool:
+        """Whether `a` in one kernel with `b` waits for others, and holds large operands meanwhile.
+
+        So each of many products is added up at once: in one kernel with its update, a sum of sums
+        would keep the operands of all of them.
+        """
+        later = (self.units[i] for i in map(self._current, b.inputs))
+        if not any(u.last > a.last and (u.library or self.atoms.resolve(u.full)) for u in later):
+            return False
+        own = {o for p in a.nodes for o in p.node.outs}
+        theirs = {r.base for p in b.nodes for r in p.node.refs}
+        reads = {r.base for p in a.nodes for r in p.node.refs} - own - theirs
+        held = sum(base.nbytes for base in reads if base.node is not None)
+        return held > HELD + 2 * sum(base.nbytes for base in own & theirs)
 
     def _tie_all(self, a: Unit, b: Unit) -> bool:
         """Ties every operand that one unit reads from the other; in a kernel none is in memory."""

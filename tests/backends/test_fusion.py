@@ -290,3 +290,41 @@ func @f {
 }
 """)
     compare(function, [torch.randn(8, 4), torch.randn(4, 4), torch.randn(4)])
+
+
+def test_sums_of_sums_do_not_wait_for_each_other() -> None:
+    """Else all of what is summed would be alive at one time."""
+    function = parse("""
+func @f {
+  batch %x: f32[512,1024] "#batch.0"
+  batch %m: f32[1024,1024] "#batch.1"
+  %a: f32[512,1024] = aten.mm.default(%x, %m)
+  %p: f32[1024] = aten.sum.dim_IntList(%a) {dim=[0]}
+  %b: f32[512,1024] = aten.mm.default(%a, %m)
+  %q: f32[1024] = aten.sum.dim_IntList(%b) {dim=[0]}
+  %s: f32[1024] = aten.add.Tensor(%p, %q)
+  return s=%s
+}
+""")
+    executable = compare(function, [torch.randn(512, 1024), torch.eye(1024)], rtol=1e-4)
+    first, *rest = [k.ops for k in executable.kernels if "aten.sum.dim_IntList" in k.ops]
+    assert first == ("aten.sum.dim_IntList",)
+    assert rest == [("aten.sum.dim_IntList", "aten.add.Tensor")]
+
+
+def test_recomputation_does_not_come_back_to_the_forward_pass() -> None:
+    function = parse("""
+func @f {
+  batch %x: f32[8,8] "#batch.0"
+  %a: f32[8,8] = aten.mul.Tensor(%x, 2.0)
+  %e: f32[8,8] = aten.exp.default(%a)
+  %b: f32[8,8] = aten.mm.default(%e, %x)
+  %e.1: f32[8,8] = aten.exp.default(%a) loc("m.py":1 "" recompute)
+  %g: f32[8,8] = aten.mul.Tensor(%b, %e.1) loc("m.py":1 "" backward)
+  return g=%g
+}
+""")
+    executable = compare(function, [torch.randn(8, 8)], rtol=1e-4)
+    ops = [k.ops for k in executable.kernels]
+    assert ("aten.mul.Tensor", "aten.exp.default") in ops
+    assert all(names.count("aten.exp.default") < 2 for names in ops)
