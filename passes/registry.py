@@ -17,6 +17,7 @@ from shoestring.ir.errors import PassError
 
 from .base import Pass, name_of
 from .canonicalize import Canonicalize
+from .chunk_loss import ChunkLoss
 from .common_subexpressions import CommonSubexpressions
 from .dead_code import DeadCode
 from .decompose import Decompose
@@ -35,6 +36,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     SimplifyAlgebra,
     CommonSubexpressions,
     DeadCode,
+    ChunkLoss,
     Decompose,
     Rematerialize,
     FuseUpdate,
@@ -58,7 +60,7 @@ def default_pipeline(keep: frozenset[str] | None = None) -> list[Pass]:
     ]
     lower: list[Pass] = [] if keep is None else [Decompose(keep)]
     # Rematerialized values must not meet common_subexpressions, nor schedules a new op.
-    return [*lower, *simplify, Rematerialize(), FuseUpdate(), OrderMemory()]
+    return [*lower, *simplify, ChunkLoss(), Rematerialize(), FuseUpdate(), OrderMemory()]
 
 
 def available() -> dict[str, type[Pass]]:
