@@ -62,7 +62,7 @@ class Kernel:
     Attributes:
         body: its text without name and comment; equal bodies are one function.
         comment: what it computes, in the user's terms.
-        buffers: what each pointer must point to, in order, and its element type.
+        buffers: what each pointer must point into, in order, from which element on, and its type.
         written: positions in `buffers` that it writes.
         ops: the IR ops that it carries out.
         helper: functions that the body calls; `@` stands for the kernel's name, here and there.
@@ -71,7 +71,7 @@ class Kernel:
 
     body: str
     comment: str
-    buffers: tuple[tuple[Buffer, torch.dtype], ...]
+    buffers: tuple[tuple[Buffer, int, torch.dtype], ...]
     written: tuple[int, ...]
     ops: tuple[str, ...]
     stem: str
@@ -147,7 +147,8 @@ class KernelWriter:
         self.stores = [p for p in unit.nodes if p.node.outs[0] in stored]
         self.in_place = set(in_place)
         self.text = _Text()
-        self.pointers: dict[Buffer, tuple[torch.dtype, bool]] = {}
+        self.pointers: dict[tuple[Buffer, int], tuple[torch.dtype, bool]] = {}
+        self.changed = {buffer_of(p.node.outs[0]) for p in self.stores}
         self.now = 0
         self.kept: dict[Node, int] = {}
         self.number = {p.node: i for i, p in enumerate(unit.nodes)}
@@ -311,9 +312,10 @@ class KernelWriter:
             Loop(f"{letter}{i}", self.atoms.size(run), tuple(run)) for i, run in enumerate(runs)
         ]
 
-    def _offset(self, access: Access) -> str:
-        """The element's position as C."""
-        parts = [str(access.offset)] if access.offset else []
+    def _offset(self, access: Access, start: int | None = None) -> str:
+        """The element's position as C, counted from `start`: by default the view's own."""
+        start = access.offset if start is None else start
+        parts = [str(start)] if start else []
         for loop in self._all_loops():
             stride = access.strides.get(loop.atoms[-1], 0)
             if stride:
@@ -326,11 +328,21 @@ class KernelWriter:
 
     # -- pointers ------------------------------------------------------------------------------
 
-    def _pointer(self, base: Base, write: bool = False) -> str:
+    def _pointer(self, base: Base, offset: int = 0, write: bool = False) -> tuple[str, int]:
+        """The pointer that leads to an offset, and what of the offset is left.
+
+        Each offset into memory that the kernel only reads is a pointer of its own: kernels that
+        differ in nothing else, as the steps of a recurrence do, are one function.
+        """
         buffer = self.buffer_of(base)
-        _, written = self.pointers.get(buffer, (base.dtype, False))
-        self.pointers[buffer] = (base.dtype, written or write)
-        return f"p{list(self.pointers).index(buffer)}"
+        own = 0 if buffer in self.changed else offset
+        _, written = self.pointers.get((buffer, own), (base.dtype, False))
+        self.pointers[buffer, own] = (base.dtype, written or write)
+        return f"p{list(self.pointers).index((buffer, own))}", offset - own
+
+    def _element(self, base: Base, access: Access, write: bool = False) -> str:
+        pointer, left = self._pointer(base, access.offset, write)
+        return f"{pointer}[{self._offset(access, left)}]"
 
     # -- expressions ---------------------------------------------------------------------------
 
@@ -344,13 +356,13 @@ class KernelWriter:
         access = self._access(placed, ref)
         if not access.strides:
             return self._scalar(ref, access.offset)
-        return load(f"{self._pointer(ref.base)}[{self._offset(access)}]", ref.dtype)
+        return load(self._element(ref.base, access), ref.dtype)
 
     def _scalar(self, ref: Ref, offset: int) -> str:
         """One element that every iteration reads: loaded once, before the loops."""
-        pointer = self._pointer(ref.base)
-        name = f"{pointer}_{offset}"
-        line = f"const {REGISTER[ref.dtype]} {name} = {load(f'{pointer}[{offset}]', ref.dtype)};"
+        pointer, left = self._pointer(ref.base, offset)
+        name = f"{pointer}_{left}"
+        line = f"const {REGISTER[ref.dtype]} {name} = {load(f'{pointer}[{left}]', ref.dtype)};"
         if line not in self.scalars:
             self.scalars.append(line)
         return name
@@ -416,7 +428,7 @@ class KernelWriter:
 
     def _store(self, placed: Placed) -> None:
         out = placed.node.outs[0]
-        where = f"{self._pointer(out, write=True)}[{self._offset(self._result_access(placed))}]"
+        where = self._element(out, self._result_access(placed), write=True)
         self.text.put(f"{where} = {store(self._name(placed.node), out.dtype)};")
 
     def _needed(self, roots: list[Placed], stage: int = 0) -> list[Placed]:
@@ -468,7 +480,7 @@ class KernelWriter:
         return Kernel(
             body,
             "\n".join(f"// {line}" for line in comment),
-            tuple((b, dtype) for b, (dtype, _) in self.pointers.items()),
+            tuple((b, offset, dtype) for (b, offset), (dtype, _) in self.pointers.items()),
             written,
             tuple(n.op.name for n in nodes),
             _stem(nodes),
@@ -560,8 +572,7 @@ class KernelWriter:
         host = self._host(p)
         if host is None:
             return f"r{self.number[p.node]}[{self._row_index()}]"
-        where = self._offset(self._result_access(host))
-        return f"{self._pointer(host.node.outs[0], write=True)}[{where}]"
+        return self._element(host.node.outs[0], self._result_access(host), write=True)
 
     def _host(self, p: Placed) -> Placed | None:
         """A result of the last stage in whose place a kept value can wait."""

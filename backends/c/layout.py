@@ -174,10 +174,15 @@ VIEWS: dict[str, Callable[[Op, Layout], Layout | None]] = {
 }
 
 
+SPLITS = frozenset({
+    "aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int",
+    "aten.unsafe_split.Tensor", "aten.unsafe_split_with_sizes.default", "aten.unsafe_chunk.default",
+})  # fmt: skip
+
+
 def split_parts(op: Op, x: Layout) -> list[Layout] | None:
     """The pieces of a split, in order; None where `op` is not one."""
-    if op.name not in {"aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default",
-                       "aten.unbind.int"}:  # fmt: skip
+    if op.name not in SPLITS:
         return None
     dim = op.attr("dim") % len(x.shape)
     if op.name == "aten.unbind.int":

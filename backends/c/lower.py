@@ -215,7 +215,8 @@ class _Emitter:
         ).write()
         name = self.name_of(kernel)
         pointers = tuple(
-            Region(b, dtype, 0, *_flat(b.nbytes // dtype.itemsize)) for b, dtype in kernel.buffers
+            Region(b, dtype, offset, *_flat(b.nbytes // dtype.itemsize - offset))
+            for b, offset, dtype in kernel.buffers
         )
         if kernel.scratch:
             pointers += (self.scratch(kernel),)

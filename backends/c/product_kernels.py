@@ -89,12 +89,9 @@ class ProductWriter(KernelWriter):
         return a, b
 
     def _side(self, ref: Ref) -> str:
-        size = ref.dtype.itemsize
-        offset = f" + {ref.layout.offset * size}" if ref.layout.offset else ""
-        return f"(const char *)b[{self._number(ref)}]{offset}"
-
-    def _number(self, ref: Ref) -> int:
-        return int(self._pointer(ref.base).removeprefix("p"))
+        pointer, left = self._pointer(ref.base, ref.layout.offset)
+        offset = f" + {left * ref.dtype.itemsize}" if left else ""
+        return f"(const char *)b[{pointer.removeprefix('p')}]{offset}"
 
     def _strides(self, ref: Ref) -> str:
         strides = (0, 0, 0, *ref.layout.strides)[-3:]
