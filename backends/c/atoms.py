@@ -69,8 +69,8 @@ class Atoms:
             if x == y:
                 continue
             m, n = self.sizes[x], self.sizes[y]
-            if m == n:
-                self._set(x, (y,))
+            if m == n:  # the older loop stays: what was found out about it holds on
+                self._set(max(x, y), (min(x, y),))
             elif m > n and m % n == 0:
                 self.split(x, n)
                 left.extend(self.resolve((x,)))

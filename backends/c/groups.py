@@ -48,6 +48,8 @@ class Unit:
         full: loops of the whole domain; meaningless for a library call.
         outer: loops of the outer level; None where no node is on it.
         reduces_all: whether a reduction goes from `full` to `none`.
+        product: the matrix product whose epilogue the other nodes are.
+        axes: its loops, as they were when all of them were checked.
     """
 
     index: int
@@ -59,11 +61,13 @@ class Unit:
     inputs: set[int] = field(default_factory=set[int])
     users: set[int] = field(default_factory=set[int])
     last: int = 0
+    product: Placed | None = None
+    axes: Axes | None = None
 
     @property
-    def product(self) -> Placed | None:
-        """The matrix product whose epilogue the other nodes are."""
-        return next((p for p in self.nodes if p.node.work is Work.PRODUCT), None)
+    def reduces(self) -> bool:
+        """Whether a node is a reduction."""
+        return self.reduces_all or self.outer is not None
 
 
 class Grouping:
@@ -99,6 +103,7 @@ class Grouping:
     def _new_unit(self, placed: Placed, library: bool = False) -> Unit:
         node = placed.node
         unit = Unit(node.index, [placed], library, last=node.index)
+        unit.product = placed if node.work is Work.PRODUCT else None
         producers = (r.base.node for r in node.refs)
         unit.inputs = {self.unit_of[n] for n in producers if n is not None}
         for i in unit.inputs:
@@ -129,6 +134,8 @@ class Grouping:
         if a is b or a.library or b.library or len(a.nodes) + len(b.nodes) > MAX_NODES:
             return
         if ref.layout.numel == 1 and not self._may_share_number(a, b):
+            return
+        if (a.product and b.product) or ((a.product or b.product) and (a.reduces or b.reduces)):
             return
         if self._comes_back(a, b) or self._waits(a, b):
             return
@@ -247,16 +254,16 @@ class Grouping:
         return all(set(self.atoms.resolve(u.full)) == whole for u in (a, b) if u.reduces_all)
 
     def _is_epilogue(self, a: Unit, b: Unit) -> bool:
-        """Whether both together are at most one product and what is done to each element of it."""
-        product = a.product or b.product
-        if product is None:
+        """Whether what is not the product itself is done to each element of it, row by row."""
+        product, other = (a, b) if a.product else (b, a)
+        if product.product is None:
             return True
-        nodes = [*a.nodes, *b.nodes]
-        works = [p.node.work for p in nodes]
-        if works.count(Work.PRODUCT) > 1 or Work.REDUCTION in works:
+        axes = axes_of(self.atoms, product.product.domain)
+        same = axes == product.axes
+        if not all(self._walks(axes, p) for p in (other.nodes if same else a.nodes + b.nodes)):
             return False
-        axes = axes_of(self.atoms, product.domain)
-        return all(self._walks(axes, p) for p in nodes)
+        product.axes = other.axes = axes
+        return True
 
     def _walks(self, axes: Axes, placed: Placed) -> bool:
         """Whether a node of an epilogue goes through its memory row by row, as the product does."""
@@ -275,6 +282,7 @@ class Grouping:
         a.inputs = {self._current(i) for i in a.inputs | b.inputs} - {a.index, b.index}
         a.users = {self._current(i) for i in a.users | b.users} - {a.index, b.index}
         a.last = max(a.last, b.last)
+        a.product = a.product or b.product
         b.nodes = []
         b.full = (a.index,)  # where it went
 
