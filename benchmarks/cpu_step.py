@@ -9,6 +9,7 @@ machine and versions. `--profile` shows where shoestring's time goes.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -16,6 +17,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -64,6 +66,7 @@ class Options:
         malloc: a library to preload for the peers; `auto` takes tcmalloc or jemalloc if installed,
             `system` none.
         timeout: seconds that a contender may take for compiling.
+        lock: a file to hold locked while steps and peaks are timed, on a machine that others share.
         tiny: the test's sizes: a check of the script, not a measurement.
     """
 
@@ -77,7 +80,19 @@ class Options:
     threads: int = 0
     malloc: str = "auto"
     timeout: float = 900.0
+    lock: Path | None = None
     tiny: bool = False
+
+
+@contextmanager
+def alone(lock: Path | None) -> Iterator[None]:
+    """Holds the lock, if there is one, against all others that take it."""
+    if lock is None:
+        yield
+        return
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @dataclass
@@ -146,7 +161,6 @@ def machine(threads: int, malloc: str | None) -> dict[str, Any]:
 def measure_workload(name: str, options: Options, starter: Starter) -> Result:
     """Starts every contender, compares losses, lets them take turns, and ends them."""
     environment = child_environment(starter.threads, starter.folder, None)
-    peaks = measure(environment)
     entries = [
         Entry(Order(name, contender, precision, options.tiny, FIRST_STEPS))
         for precision in options.precisions
@@ -156,14 +170,16 @@ def measure_workload(name: str, options: Options, starter: Starter) -> Result:
         for entry in entries:
             start(entry, starter)
         compare_losses(entries)
-        rows, idle = time_steps(entries, options)
-        profile = dict(profiles(entries)) if options.profile else {}
+        with alone(options.lock):
+            peaks = measure(environment)
+            rows, idle = time_steps(entries, options)
+            profile = dict(profiles(entries)) if options.profile else {}
+            peaks = peaks.best(measure(environment))
         work = next(works(entries), None)
         parameters = max((e.child.hello["parameters"] for e in entries if e.child), default=0)
     finally:
         for entry in entries:
             entry.close()
-    peaks = peaks.best(measure(environment))
     about = WORKLOADS[name].__doc__ or ""
     return Result(name, about, parameters, rows, peaks, work, idle, profile)
 
