@@ -22,7 +22,7 @@ FLAGS = (
     "-fno-math-errno", "-fno-trapping-math", "-w",
 )  # fmt: skip
 HERE = Path(__file__).parent
-HEADERS = ("prelude.h", "vector.h", "gemm.h", "attention.h", "attention_kernel.h", "run.h")
+HEADERS = ("prelude.h", "vector.h", "gemm.h", "amx.h", "attention.h", "attention_kernel.h", "run.h")
 # Written by hand, compiled once for a machine and linked to every library.
 RUNTIME = ("gemm.c", "attention.c", "run.c")
 JOBS = max(2, os.cpu_count() or 1)

@@ -21,6 +21,7 @@
 #include <omp.h>
 #include <stdlib.h>
 
+#include "amx.h"
 #include "vector.h"
 
 enum {
@@ -36,7 +37,10 @@ enum {
 #endif
     COLS = VECS * SS_LANES,
     KC = 384,                /* units of K in a packed panel of B */
-    MC = 256 / ROWS * ROWS,  /* most rows of A that share a packed panel */
+    MC = 256,                /* about the most rows of A that share a packed panel */
+    AMX_ROWS = 32,           /* the tile of machines with tile registers: 2 x 2 of them */
+    AMX_COLS = 32,
+    AMX_UNITS = 16,          /* units of K that one multiplication of tile registers takes */
     PACKED_A = 2 << 20,      /* most bytes of packed A at a time */
 };
 
@@ -118,6 +122,39 @@ static const Tile TILE_OF[VECS][2][2] = {NAMES(1), NAMES(2)};
 #else
 TILES(3)
 static const Tile TILE_OF[VECS][2][2] = {NAMES(1), NAMES(2), NAMES(3)};
+#endif
+
+#if SS_AMX
+/* tile[32, 32] (+)= A[32, units] * panel[units, 32]; units is a multiple of AMX_UNITS. */
+static void amx_tile(int add, int64_t units, Rows a, const float *panel, float *tile) {
+    const int64_t wide = 4 * AMX_COLS;
+    float *low = tile + 16 * AMX_COLS;
+    if (add) {
+        ss_tile_load(0, tile, wide);
+        ss_tile_load(1, tile + 16, wide);
+        ss_tile_load(2, low, wide);
+        ss_tile_load(3, low + 16, wide);
+    } else {
+        ss_tile_zero(0);
+        ss_tile_zero(1);
+        ss_tile_zero(2);
+        ss_tile_zero(3);
+    }
+    for (int64_t u = 0; u < units; u += AMX_UNITS) {
+        ss_tile_load(4, a.p + 4 * u, a.row);
+        ss_tile_load(5, a.p + 16 * a.row + 4 * u, a.row);
+        ss_tile_load(6, panel + u * AMX_COLS, wide);
+        ss_tile_load(7, panel + u * AMX_COLS + 16, wide);
+        ss_tile_multiply(0, 4, 6);
+        ss_tile_multiply(1, 4, 7);
+        ss_tile_multiply(2, 5, 6);
+        ss_tile_multiply(3, 5, 7);
+    }
+    ss_tile_store(0, tile, wide);
+    ss_tile_store(1, tile + 16, wide);
+    ss_tile_store(2, low, wide);
+    ss_tile_store(3, low + 16, wide);
+}
 #endif
 
 /* -- packing ------------------------------------------------------------------------------------ */
@@ -251,34 +288,107 @@ static void pack(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0,
     }
 }
 
+#if SS_AMX
+/* out[AMX_ROWS, width] = all units of rows [i0, i0 + count); what lies beyond is zero. */
+static void pack_rows(Source s, int64_t units, int64_t k_end, int64_t i0, int64_t count,
+                      int64_t width, float *out) {
+    memset(out, 0, 4 * AMX_ROWS * width);
+    for (int64_t r = 0; r < count; r++) {
+        if (s.k_stride == 1) {
+            memcpy(out + r * width, (const uint16_t *)s.p + (i0 + r) * s.j_stride, 2 * k_end);
+            continue;
+        }
+        for (int64_t u = 0; u < units; u++) out[r * width + u] = unit(s, u, i0 + r, k_end, 1);
+    }
+}
+#endif
+
 /* -- one thread's part -------------------------------------------------------------------------- */
 
 typedef struct {
     const ss_gemm *g;
-    int pairs, direct;
-    int64_t units, mc;
+    int pairs, amx;
+    int direct;               /* whether A is read where it is */
+    int64_t rows, cols;       /* of a tile */
+    int64_t units, width, mc; /* units of K, the same padded, rows that share a panel */
 } Shape;
 
+static int use_amx(const ss_gemm *g) {
+#if SS_AMX
+    static int allowed = -1;
+    if (allowed < 0) allowed = ss_tile_allowed();
+    return allowed && g->type == SS_BF16;
+#else
+    return 0;
+#endif
+}
+
 static Shape shape_of(const ss_gemm *g) {
-    Shape s = {g, PAIRS && g->type == SS_BF16, 0, g->k, MC};
+    Shape s = {.g = g, .amx = use_amx(g), .rows = ROWS, .cols = COLS, .units = g->k, .mc = MC};
+    s.pairs = s.amx || (PAIRS && g->type == SS_BF16);
+    if (s.amx) s.rows = AMX_ROWS, s.cols = AMX_COLS;
     if (s.pairs) s.units = (g->k + 1) / 2;
+    s.width = s.amx ? blocks(s.units, AMX_UNITS) * AMX_UNITS : s.units;
     s.direct = g->a_col == 1 && (g->type == SS_F32 || (s.pairs && g->k % 2 == 0));
-    if (!s.direct) {
-        int64_t most = PACKED_A / (4 * (s.units > 0 ? s.units : 1)) / ROWS * ROWS;
-        s.mc = most < ROWS ? ROWS : least(most, MC);
-    }
-    s.mc = least(s.mc, blocks(g->m, ROWS) * ROWS);
+    if (s.amx) s.direct = s.direct && s.width == s.units;
+    if (!s.direct) s.mc = least(s.mc, PACKED_A / (4 * (s.width > 0 ? s.width : 1)));
+    s.mc = s.mc < s.rows ? s.rows : s.mc / s.rows * s.rows;
+    s.mc = least(s.mc, blocks(g->m, s.rows) * s.rows);
     return s;
 }
 
-static int64_t panel_floats(const Shape *s) { return least(s->units, KC) * COLS; }
-static int64_t tiles_floats(const Shape *s) { return s->mc * COLS; }
-static int64_t packed_floats(const Shape *s) { return s->direct ? 0 : s->mc * s->units; }
+static int64_t panel_floats(const Shape *s) { return least(s->width, KC) * s->cols; }
+static int64_t tiles_floats(const Shape *s) { return s->mc * s->cols; }
+/* A machine with tile registers packs the last rows, which are fewer than a tile, in any case. */
+static int64_t packed_floats(const Shape *s) {
+    return s->direct ? (s->amx ? s->rows * s->width : 0) : s->mc * s->width;
+}
 
 int64_t ss_gemm_scratch(const ss_gemm *g) {
     Shape s = shape_of(g);
     int64_t floats = panel_floats(&s) + tiles_floats(&s) + packed_floats(&s);
     return blocks(4 * floats, 64) * 64;
+}
+
+static void pack_a(const Shape *s, Source a, int64_t i, int64_t rows, float *packed) {
+#if SS_AMX
+    if (s->amx) {
+        for (int64_t r = s->direct ? rows / s->rows * s->rows : 0; r < rows; r += s->rows)
+            pack_rows(a, s->units, s->g->k, i + r, least(s->rows, rows - r), s->width,
+                      packed + (s->direct ? 0 : r * s->width));
+        return;
+    }
+#endif
+    if (s->direct) return;
+    for (int64_t r = 0; r < rows; r += ROWS)
+        pack(a, 0, s->units, s->g->k, i + r, least(ROWS, rows - r), ROWS, s->pairs,
+             packed + r * s->units);
+}
+
+/* tiles[rows, cols] (+)= A[rows, units from u on] * panel. */
+static void multiply(const Shape *s, Source a, const float *packed, int64_t i, int64_t rows,
+                     int64_t u, int64_t units, int64_t cols, const float *panel, float *tiles) {
+    const int64_t stride = a.j_stride * (a.type == SS_F32 ? 4 : 2);
+    const char *direct = a.p + i * stride + 4 * u;
+#if SS_AMX
+    if (s->amx) {
+        const int64_t wide = blocks(units, AMX_UNITS) * AMX_UNITS;
+        for (int64_t r = 0; r < rows; r += s->rows) {
+            const int whole = s->direct && r + s->rows <= rows;
+            const float *own = packed + (s->direct ? 0 : r * s->width) + u;
+            const Rows source = {whole ? direct + r * stride : (const char *)own,
+                                 whole ? stride : 4 * s->width, 4};
+            amx_tile(u > 0, wide, source, panel, tiles + r * s->cols);
+        }
+        return;
+    }
+#endif
+    const Tile tile = TILE_OF[blocks(cols, SS_LANES) - 1][s->pairs][!s->direct];
+    for (int64_t r = 0; r < rows; r += ROWS) {
+        const char *own = (const char *)(packed + r * s->units + u * ROWS);
+        const Rows source = {s->direct ? direct + r * stride : own, stride, 4};
+        tile(u > 0, units, least(ROWS, rows - r), source, panel, tiles + r * COLS);
+    }
 }
 
 /* Rows [i0, i1) and columns [j0, j1) of matrix number `batch`. */
@@ -291,26 +401,17 @@ static void part(const Shape *s, const char *a, const char *b, int64_t batch, in
     float *panel = scratch, *tiles = panel + panel_floats(s), *packed = tiles + tiles_floats(s);
     for (int64_t i = i0; i < i1; i += s->mc) {
         const int64_t rows = least(s->mc, i1 - i);
-        if (!s->direct)
-            for (int64_t r = 0; r < rows; r += ROWS)
-                pack(left, 0, s->units, g->k, i + r, least(ROWS, rows - r), ROWS, s->pairs,
-                     packed + r * s->units);
-        for (int64_t j = j0; j < j1; j += COLS) {
-            const int64_t cols = least(COLS, j1 - j), vecs = blocks(cols, SS_LANES);
-            const Tile tile = TILE_OF[vecs - 1][s->pairs][!s->direct];
+        pack_a(s, left, i, rows, packed);
+        for (int64_t j = j0; j < j1; j += s->cols) {
+            const int64_t cols = least(s->cols, j1 - j);
             for (int64_t u = 0; u < s->units; u += KC) {
-                const int64_t units = least(KC, s->units - u);
-                pack(right, u, units, g->k, j, cols, COLS, s->pairs, panel);
-                for (int64_t r = 0; r < rows; r += ROWS) {
-                    const char *at = s->direct
-                                         ? left.p + (i + r) * g->a_row * size + 4 * u
-                                         : (const char *)(packed + r * s->units + u * ROWS);
-                    const Rows source = {at, g->a_row * size, 4};
-                    tile(u > 0, units, least(ROWS, rows - r), source, panel, tiles + r * COLS);
-                }
+                const int64_t units = least(KC, s->units - u), wide = least(KC, s->width - u);
+                pack(right, u, units, g->k, j, cols, s->cols, s->pairs, panel);
+                memset(panel + units * s->cols, 0, 4 * (wide - units) * s->cols);
+                multiply(s, left, packed, i, rows, u, units, cols, panel, tiles);
             }
-            if (s->units == 0) memset(tiles, 0, 4 * rows * COLS);
-            g->finish(buffers, batch, i, j, rows, cols, tiles, COLS);
+            if (s->units == 0) memset(tiles, 0, 4 * rows * s->cols);
+            g->finish(buffers, batch, i, j, rows, cols, tiles, s->cols);
         }
     }
 }
@@ -319,13 +420,13 @@ static void part(const Shape *s, const char *a, const char *b, int64_t batch, in
 
 /* How many threads share the rows; the others share the columns. Packing B is done by each thread
  * that shares rows, so that splitting columns is better where rows are few. */
-static int64_t row_threads(const ss_gemm *g, int64_t threads) {
+static int64_t row_threads(const Shape *s, int64_t threads) {
     int64_t best = 1;
     double least_work = 0;
     for (int64_t t = 1; t <= threads; t++) {
         if (threads % t) continue;
-        double rows = blocks(blocks(g->m, ROWS), t) * ROWS;
-        double cols = blocks(blocks(g->n, COLS), threads / t) * COLS;
+        double rows = blocks(blocks(s->g->m, s->rows), t) * s->rows;
+        double cols = blocks(blocks(s->g->n, s->cols), threads / t) * s->cols;
         double work = rows * cols + 4 * cols + 4 * rows;
         if (t == 1 || work < least_work) best = t, least_work = work;
     }
@@ -339,15 +440,24 @@ void ss_gemm_run(const ss_gemm *g, const void *a, const void *b, void *const *bu
     const int64_t most = least(threads, omp_get_max_threads());
     const double work = (double)g->batch * g->m * g->n * (g->k + 8);
     const int64_t used = work < 1 << 17 ? 1 : most;
-    const int64_t rows = g->batch >= used ? 1 : row_threads(g, used);
+    const int64_t rows = g->batch >= used ? 1 : row_threads(&s, used);
     const int64_t cols = g->batch >= used ? 1 : used / rows;
-    const int64_t high = blocks(blocks(g->m, ROWS), rows) * ROWS;
-    const int64_t wide = blocks(blocks(g->n, COLS), cols) * COLS;
+    const int64_t high = blocks(blocks(g->m, s.rows), rows) * s.rows;
+    const int64_t wide = blocks(blocks(g->n, s.cols), cols) * s.cols;
     const int64_t parts = g->batch * rows * cols;
-#pragma omp parallel for schedule(static) num_threads(used) if (used > 1)
-    for (int64_t p = 0; p < parts; p++) {
-        const int64_t batch = p / (rows * cols), i = p / cols % rows * high, j = p % cols * wide;
+#pragma omp parallel num_threads(used) if (used > 1)
+    {
+#if SS_AMX
+        if (s.amx) ss_tile_start();
+#endif
         float *mine = (float *)((char *)scratch + omp_get_thread_num() * each);
-        part(&s, a, b, batch, i, least(i + high, g->m), j, least(j + wide, g->n), buffers, mine);
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < parts; p++) {
+            const int64_t batch = p / (rows * cols), i = p / cols % rows * high, j = p % cols * wide;
+            part(&s, a, b, batch, i, least(i + high, g->m), j, least(j + wide, g->n), buffers, mine);
+        }
+#if SS_AMX
+        if (s.amx) ss_tile_stop();
+#endif
     }
 }

@@ -14,7 +14,7 @@ from .kernels import Kernel, KernelWriter, Loop
 from .nodes import Node, Ref
 from .products import axes_of
 
-ROWS, COLS, KC, MC, PACKED_A = 8, 48, 384, 256, 2 << 20  # at least those of gemm.c
+ROWS, COLS, KC, MC, PACKED_A = 32, 48, 384, 256, 2 << 20  # at least those of gemm.c
 AXES = ("batch", "row", "col")
 TYPES = {torch.float32: "SS_F32", torch.bfloat16: "SS_BF16"}
 
@@ -113,6 +113,7 @@ class ProductWriter(KernelWriter):
         """Bytes for all threads, and how many may take part."""
         k = self.product.node.refs[0].shape[-1]
         rows = min(MC, -(-self.sizes["row"] // ROWS) * ROWS)
+        k += ROWS  # padding of K
         packed = min(rows * k * 4, max(PACKED_A, ROWS * k * 4))
         each = 4 * COLS * (min(k, KC) + rows) + packed + 64
         threads = torch.get_num_threads()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import platform
 import subprocess
 from pathlib import Path
 
@@ -247,17 +248,25 @@ int64_t product(void *a, void *b, float *c, const int64_t *s, void *scratch) {
 """
 
 
-@pytest.mark.parametrize("narrow", [4, 8])
-def test_narrower_vectors(narrow: int, tmp_path: Path) -> None:
-    """The tiles of machines without AVX-512, and without AVX2."""
+PATHS = {
+    "4 lanes": ["-DSS_NARROW=4"],
+    "8 lanes": ["-DSS_NARROW=8"],
+    "tile registers": ["-DSS_EMULATE_AMX"],
+    "tile registers, 4 lanes": ["-DSS_EMULATE_AMX", "-DSS_NARROW=4"],
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_of_other_machines(path: str, tmp_path: Path) -> None:
+    """Narrower vectors, and tile registers in software."""
     (tmp_path / "store.c").write_text(STORE)
-    command = [find_compiler(), *flags(), f"-DSS_NARROW={narrow}", "-I", str(HERE), "-shared",
+    command = [find_compiler(), *flags(), *PATHS[path], "-I", str(HERE), "-shared",
                str(HERE / "gemm.c"), "store.c", "-o", "product.so"]  # fmt: skip
     subprocess.run(command, cwd=tmp_path, check=True)
     library = ctypes.CDLL(str(tmp_path / "product.so"))
     library.product.restype = ctypes.c_int64
     for (m, k, n), dtype in itertools.product(
-        [(4, 1, 4), (7, 33, 50), (64, 96, 48), (257, 769, 49)], TOLERANCE
+        [(4, 1, 4), (7, 33, 50), (33, 32, 31), (64, 96, 48), (257, 769, 49)], TOLERANCE
     ):
         for left, right in itertools.product([False, True], repeat=2):
             x, y = values((m, k), dtype, left), values((k, n), dtype, right)
@@ -274,3 +283,11 @@ def assert_product(library: ctypes.CDLL, x: torch.Tensor, y: torch.Tensor) -> No
     library.product(*pointers, sizes, ctypes.c_void_p(scratch.data_ptr()))
     wanted = x.double() @ y.double()
     torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="tile registers are of x86-64")
+def test_tile_registers_compile(tmp_path: Path) -> None:
+    command = [find_compiler(), "-std=gnu11", "-O2", "-fopenmp", "-march=sapphirerapids", "-I",
+               str(HERE), "-S", str(HERE / "gemm.c"), "-o", "gemm.s"]  # fmt: skip
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert "tdpbf16ps" in (tmp_path / "gemm.s").read_text()

@@ -1,0 +1,109 @@
+"""Kernels on another machine: compiled for 64-bit ARM (NEON) and run in emulation.
+
+Needs Debian's gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoestring.backends.c.build import HERE, RUNTIME
+from shoestring.backends.c.lower import Lowered, lower
+from shoestring.backends.instructions import CallKernel, Region, Space
+from shoestring.ir import interpret, parse
+
+COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+pytestmark = pytest.mark.skipif(
+    not (shutil.which(COMPILER) and shutil.which(EMULATOR)),
+    reason=f"needs {COMPILER} and {EMULATOR}",
+)
+FLAGS = ("-std=gnu11", "-O3", "-fopenmp", "-ffp-contract=off", "-fwrapv", "-static", "-w")
+
+# A layer forward and backward, in f32 and in bf16: products, epilogues, rows, columns.
+FUNCTION = """
+func @layer {{
+  parameter %w: {t}[40,24] "w" -> %new
+  parameter %bias: {t}[40] "bias"
+  batch %x: {t}[37,24] "x"
+  %wt: {t}[24,40] = aten.permute.default(%w) {{dims=[1,0]}}
+  %h: {t}[37,40] = aten.addmm.default(%bias, %x, %wt)
+  %act: {t}[37,40] = aten.gelu.default(%h)
+  %top: {t}[37,1] = aten.amax.default(%act) {{dim=[1], keepdim=true}}
+  %d: {t}[37,40] = aten.sub.Tensor(%act, %top)
+  %e: {t}[37,40] = aten.exp.default(%d)
+  %s: {t}[37,1] = aten.sum.dim_IntList(%e) {{dim=[1], keepdim=true}}
+  %y: {t}[37,40] = aten.div.Tensor(%e, %s)
+  %yt: {t}[40,37] = aten.permute.default(%y) {{dims=[1,0]}}
+  %grad: {t}[40,24] = aten.mm.default(%yt, %x)
+  %step: {t}[40,24] = aten.mul.Tensor(%grad, 0.1)
+  %new: {t}[40,24] = aten.sub.Tensor(%w, %step)
+  %cols: {t}[40] = aten.sum.dim_IntList(%y) {{dim=[0]}}
+  return y=%y, cols=%cols
+}}
+"""
+
+
+def address(lowered: Lowered, r: Region) -> str:
+    """Where a region is, as C."""
+    if r.buffer.space is Space.ARENA:
+        return f"arena + {lowered.program.plan.offsets[r.buffer.index] + r.byte_offset}"
+    assert r.buffer.space is Space.ARGUMENT, "the function has no constants"
+    return f"argument{r.buffer.index} + {r.byte_offset}"
+
+
+def main_text(lowered: Lowered, sizes: list[int]) -> str:
+    """Reads the arguments, runs every instruction, writes all arguments and outputs."""
+    program = lowered.program
+    lines = ["#include <stdio.h>", f"static _Alignas(64) char arena[{program.plan.arena_bytes}];"]
+    lines += [f"static _Alignas(64) char argument{i}[{n}];" for i, n in enumerate(sizes)]
+    calls = [i for i in program.instructions if isinstance(i, CallKernel)]
+    assert len(calls) == len(program.instructions) and not program.copies
+    lines += [f"void {name}(void *const *b);" for name in sorted({c.kernel for c in calls})]
+    lines.append("int main(void) {")
+    lines += [f"fread(argument{i}, 1, {n}, stdin);" for i, n in enumerate(sizes)]
+    for call in calls:
+        pointers = ", ".join(address(lowered, r) for r in call.pointers)
+        lines.append(f"{{ void *b[] = {{{pointers}}}; {call.kernel}(b); }}")
+    results = [(f"argument{i}", n) for i, n in enumerate(sizes)]
+    for r in program.outputs:
+        count = torch.empty(r.shape, dtype=r.dtype).nbytes
+        results.append((address(lowered, r), count))
+    lines += [f"fwrite({where}, 1, {n}, stdout);" for where, n in results]
+    return "\n".join([*lines, "return 0; }", ""])
+
+
+def emulated(lowered: Lowered, given: list[torch.Tensor], folder: Path) -> bytes:
+    for index, source in enumerate(lowered.sources):
+        (folder / f"kernels{index}.c").write_text(source)
+    (folder / "main.c").write_text(main_text(lowered, [t.nbytes for t in given]))
+    files = [*(str(HERE / name) for name in RUNTIME), *map(str, folder.glob("*.c"))]
+    command = [COMPILER, *FLAGS, "-I", str(HERE), *files, "-o", "program", "-lm"]
+    subprocess.run(command, cwd=folder, check=True)
+    data = b"".join(raw(t) for t in given)
+    done = subprocess.run([EMULATOR, "./program"], cwd=folder, input=data, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def raw(t: torch.Tensor) -> bytes:
+    return bytes(t.contiguous().view(torch.uint8).flatten().tolist())
+
+
+@pytest.mark.parametrize(("name", "limit"), [("f32", 1e-4), ("bf16", 3e-2)])
+def test_a_layer(name: str, limit: float, tmp_path: Path) -> None:
+    function = parse(FUNCTION.format(t=name))
+    dtype = function.params[0].value.type.dtype
+    given = [torch.randn(p.value.type.static_shape).to(dtype) for p in function.params]
+    data = bytearray(emulated(lower(function), given, tmp_path))
+    outputs, state = interpret(function, given)
+    wanted = [state.get(p.path, t) for p, t in zip(function.params, given, strict=True)]
+    for t in [*wanted, *outputs]:
+        found = torch.frombuffer(data[: t.nbytes], dtype=dtype).reshape(t.shape)
+        del data[: t.nbytes]
+        torch.testing.assert_close(found, t, rtol=limit, atol=limit)
+    assert not data
