@@ -21,6 +21,16 @@ SS_INLINE int64_t ss_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 SS_INLINE int64_t ss_least(int64_t a, int64_t b) { return a < b ? a : b; }
 SS_INLINE int64_t ss_most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+SS_INLINE int64_t ss_element_size(int kind) {
+    return kind == SS_ELEM_F64 ? 8 : kind == SS_ELEM_F32 ? 4 : 2;
+}
+
+SS_INLINE ss_vf ss_vload_f16(const _Float16 *p) {
+    ss_vf v;
+    for (int i = 0; i < SS_LANES; i++) v[i] = (float)p[i];
+    return v;
+}
+
 /* The next `bytes` of a thread's scratch, on a cache line of their own. */
 SS_INLINE void *ss_take(char **at, int64_t bytes) {
     void *p = *at;
@@ -74,10 +84,13 @@ SS_INLINE int64_t ss_block_cost(const ss_attention *s, int64_t t0) {
 #define UVEC ss_vf
 #define VMAX(a, b) ss_vmax(a, b)
 #define VEXP2(x) ss_vexp2(x)
+#define VSUM(x) ss_vsum(x)
+#define VLARGEST(x) ss_vlargest(x)
 #define RLOG(x) logf(x)
 #include "attention_kernel.h"
 
 #define NAME(x) ss_attention_##x##_f64
+#define SS_F64
 #define REAL double
 #define LANES (SS_LANES / 2)
 #define VEC ss_vd
@@ -89,8 +102,11 @@ SS_INLINE int64_t ss_block_cost(const ss_attention *s, int64_t t0) {
 #define UVEC ss_vd
 #define VMAX(a, b) ss_vdmax(a, b)
 #define VEXP2(x) ss_vdexp2(x)
+#define VSUM(x) ss_vdsum(x)
+#define VLARGEST(x) ss_vdlargest(x)
 #define RLOG(x) log(x)
 #include "attention_kernel.h"
+#undef SS_F64
 
 /* Products of pairs of bf16 where the machine has them; elsewhere bf16 is computed in f32. */
 #ifdef SS_BF16_DOT
@@ -106,6 +122,8 @@ SS_INLINE int64_t ss_block_cost(const ss_attention *s, int64_t t0) {
 #define UVEC ss_vu
 #define VMAX(a, b) ss_vmax(a, b)
 #define VEXP2(x) ss_vexp2(x)
+#define VSUM(x) ss_vsum(x)
+#define VLARGEST(x) ss_vlargest(x)
 #define RLOG(x) logf(x)
 #include "attention_kernel.h"
 #else

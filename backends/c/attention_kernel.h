@@ -33,29 +33,48 @@ SS_INLINE UVEC NAME(units)(const UNIT *p) { UVEC v; memcpy(&v, p, sizeof v); ret
                 NAME(store)(c + i * rc + j * LANES, s[i][j]);                                      \
     }
 
-/* One column of tiles, NV vectors wide and m rows (a multiple of SS_LOW) high, from column n on. */
-#define SS_COLUMN(NV)                                                                              \
-    SS_TILE(tall, SS_TALL, NV)                                                                     \
-    SS_TILE(mid, SS_MID, NV)                                                                       \
-    SS_TILE(low, SS_LOW, NV)                                                                       \
-    static __attribute__((noinline)) void NAME(column_##NV)(                                       \
-        int64_t n, int64_t m, int64_t k, const UNIT *a, int64_t ra, int64_t ca, const UNIT *b,     \
-        int64_t rb, REAL *c, int64_t rc, int add, ss_clip clip) {                                  \
-        for (int64_t i = 0, rows; i < m; i += rows) {                                              \
-            rows = m - i >= SS_TALL ? SS_TALL : m - i >= SS_MID ? SS_MID : SS_LOW;                 \
-            if (n > i + rows - 1 + clip.columns) continue;                                         \
-            const int64_t from = ss_most(0, i + clip.begin) / KU;                                  \
-            const int64_t to = ss_least(k, (ss_most(0, i + rows + clip.end) + KU - 1) / KU);       \
-            const int64_t terms = to - from;                                                       \
-            const UNIT *x = a + i * ra + from * ca, *y = b + from * rb;                            \
-            REAL *z = c + i * rc + n;                                                              \
-            if (rows == SS_TALL) NAME(tall_##NV)(terms, x, ra, ca, y, rb, z, rc, add);             \
-            else if (rows == SS_MID) NAME(mid_##NV)(terms, x, ra, ca, y, rb, z, rc, add);          \
-            else NAME(low_##NV)(terms, x, ra, ca, y, rb, z, rc, add);                              \
-        }                                                                                          \
+SS_TILE(tall, SS_TALL, 1)
+SS_TILE(mid, SS_MID, 1)
+SS_TILE(low, SS_LOW, 1)
+SS_TILE(tall, SS_TALL, 2)
+SS_TILE(mid, SS_MID, 2)
+SS_TILE(low, SS_LOW, 2)
+
+/* One column of tiles, m rows (a multiple of SS_LOW) high, from column n on: `vectors` wide, or half
+ * of that where the clip leaves out the other half. */
+SS_INLINE void NAME(column)(
+    const int vectors, int64_t n, int64_t m, int64_t k, const UNIT *a, int64_t ra, int64_t ca,
+    const UNIT *b, int64_t rb, REAL *c, int64_t rc, int add, ss_clip clip) {
+    for (int64_t i = 0, rows; i < m; i += rows) {
+        rows = m - i >= SS_TALL ? SS_TALL : m - i >= SS_MID ? SS_MID : SS_LOW;
+        const int64_t right = i + rows - 1 + clip.columns; /* the last column that is wanted */
+        if (n > right) continue;
+        const int64_t from = ss_most(0, i + clip.begin) / KU;
+        const int64_t to = ss_least(k, (ss_most(0, i + rows + clip.end) + KU - 1) / KU);
+        const UNIT *x = a + i * ra + from * ca, *y = b + from * rb;
+        REAL *z = c + i * rc + n;
+#define SS_CALL(NV)                                                                                \
+    if (rows == SS_TALL) NAME(tall_##NV)(to - from, x, ra, ca, y, rb, z, rc, add);                 \
+    else if (rows == SS_MID) NAME(mid_##NV)(to - from, x, ra, ca, y, rb, z, rc, add);              \
+    else NAME(low_##NV)(to - from, x, ra, ca, y, rb, z, rc, add);
+        if (vectors == 2 && n + LANES <= right) {
+            SS_CALL(2)
+        } else {
+            SS_CALL(1)
+        }
+#undef SS_CALL
     }
-SS_COLUMN(1)
-SS_COLUMN(2)
+}
+static __attribute__((noinline)) void NAME(column_1)(
+    int64_t n, int64_t m, int64_t k, const UNIT *a, int64_t ra, int64_t ca, const UNIT *b,
+    int64_t rb, REAL *c, int64_t rc, int add, ss_clip clip) {
+    NAME(column)(1, n, m, k, a, ra, ca, b, rb, c, rc, add, clip);
+}
+static __attribute__((noinline)) void NAME(column_2)(
+    int64_t n, int64_t m, int64_t k, const UNIT *a, int64_t ra, int64_t ca, const UNIT *b,
+    int64_t rb, REAL *c, int64_t rc, int add, ss_clip clip) {
+    NAME(column)(2, n, m, k, a, ra, ca, b, rb, c, rc, add, clip);
+}
 
 /* c[m][n] (+)= a[m][k] b[k][n]; k counts units; column j of b is at (j / 32) pb + j % 32. */
 static void NAME(product)(
@@ -104,8 +123,14 @@ static void NAME(pack_row)(
 static void NAME(pack)(
     const void *p, int64_t at, ss_strides s, int kind, int64_t n, int64_t depth, int64_t width,
     UNIT *rows) {
-    for (int64_t i = 0; i < n; i++)
-        NAME(pack_row)(p, at + i * s.t, s.d, kind, depth, width, rows + i * (width / KU));
+    const char *base = p;
+    const int64_t size = ss_element_size(kind), row = s.t * size;
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t first = at + i * s.t;
+        for (int64_t ahead = 0; ahead < depth * size; ahead += 64)
+            __builtin_prefetch(base + first * size + 8 * row + ahead);
+        NAME(pack_row)(p, first, s.d, kind, depth, width, rows + i * (width / KU));
+    }
 }
 
 /* Columns for products that sum over `width`: [panel][width / KU][32], from packed rows. */
@@ -193,8 +218,8 @@ SS_INLINE REAL NAME(weigh)(REAL *row, int64_t n, int64_t width, REAL c, NAME(row
     for (int64_t j = n; j < full; j++) row[j] = -INFINITY;
     VEC top = VSET((REAL)-INFINITY);
     for (int64_t j = 0; j < full; j += LANES) top = VMAX(NAME(load)(row + j), top);
-    REAL largest = known->largest;
-    for (int i = 0; i < LANES; i++) largest = top[i] * c > largest ? top[i] * c : largest;
+    const REAL here = VLARGEST(top) * c;
+    const REAL largest = here > known->largest ? here : known->largest;
     const REAL from = largest == -INFINITY ? 0 : largest;
     VEC total = {0};
     for (int64_t j = 0; j < full; j += LANES) {
@@ -203,11 +228,10 @@ SS_INLINE REAL NAME(weigh)(REAL *row, int64_t n, int64_t width, REAL c, NAME(row
         NAME(store)(row + j, p);
     }
     for (int64_t j = full; j < width; j++) row[j] = 0;
-    const REAL factor = VEXP2(VSET(known->largest - from))[0];
-    REAL sum = 0;
-    for (int i = 0; i < LANES; i++) sum += total[i];
+    const int first = known->largest == -INFINITY; /* nothing was summed before */
+    const REAL factor = first ? 1 : VEXP2(VSET(known->largest - from))[0];
     known->largest = largest;
-    known->total = known->total * factor + sum;
+    known->total = known->total * factor + VSUM(total);
     return factor;
 }
 
@@ -336,23 +360,24 @@ static REAL NAME(dot)(
     const void *x, int64_t at_x, int64_t step_x, const void *y, int64_t at_y, int64_t step_y,
     int kind, int64_t depth) {
     REAL sum = 0;
-#define SS_DOT(T, f)                                                                               \
+    VEC sums = {0};
+    int64_t d = 0;
+#define SS_DOT(T, f, LOAD)                                                                         \
     {                                                                                              \
         const T *a = (const T *)x + at_x, *b = (const T *)y + at_y;                                \
-        REAL lanes[16] = {0};                                                                      \
-        int64_t d = 0;                                                                             \
-        if (step_x == 1 && step_y == 1)                                                            \
-            for (; d + 16 <= depth; d += 16)                                                       \
-                for (int l = 0; l < 16; l++) lanes[l] += f(a[d + l]) * f(b[d + l]);                \
+        for (; step_x == 1 && step_y == 1 && d + LANES <= depth; d += LANES)                       \
+            sums = VFMA(LOAD(a + d), LOAD(b + d), sums);                                           \
         for (; d < depth; d++) sum += f(a[d * step_x]) * f(b[d * step_y]);                         \
-        for (int l = 0; l < 16; l++) sum += lanes[l];                                              \
     }
-    if (kind == SS_ELEM_F32) SS_DOT(float, )
-    else if (kind == SS_ELEM_BF16) SS_DOT(uint16_t, ss_from_bf16)
-    else if (kind == SS_ELEM_F16) SS_DOT(_Float16, (REAL))
-    else SS_DOT(double, (REAL))
+#ifdef SS_F64
+    SS_DOT(double, , NAME(load))
+#else
+    if (kind == SS_ELEM_F32) SS_DOT(float, , ss_vload)
+    else if (kind == SS_ELEM_BF16) SS_DOT(uint16_t, ss_from_bf16, ss_vload_bf16)
+    else SS_DOT(_Float16, (float), ss_vload_f16)
+#endif
 #undef SS_DOT
-    return sum;
+    return sum + VSUM(sums);
 }
 
 /* Two rows of numbers to one of pairs. */
@@ -511,6 +536,7 @@ static void NAME(backward)(
 #undef UVEC
 #undef VMAX
 #undef VEXP2
+#undef VSUM
+#undef VLARGEST
 #undef RLOG
 #undef SS_TILE
-#undef SS_COLUMN

@@ -18,9 +18,14 @@ from pathlib import Path
 from shoestring.ir.errors import BackendError
 
 FLAGS = (
-    "-std=gnu11", "-O3", "-march=native", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fwrapv",
+    "-std=gnu11", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fwrapv",
     "-fno-math-errno", "-fno-trapping-math", "-w",
 )  # fmt: skip
+# What `$SHOESTRING_ISA` may name: levels that every compiler knows, and the machine's own.
+ISAS = {
+    "native": ("-march=native",), "avx512": ("-march=x86-64-v4",), "avx2": ("-march=x86-64-v3",),
+    "generic": (),
+}  # fmt: skip
 HERE = Path(__file__).parent
 HEADERS = ("prelude.h", "vector.h", "gemm.h", "amx.h", "attention.h", "attention_kernel.h", "run.h")
 # Written by hand, compiled once for a machine and linked to every library.
@@ -95,9 +100,18 @@ def cpu_identity() -> str:
 
 
 def flags() -> tuple[str, ...]:
-    """The compiler's flags here. GCC holds back from 512-bit vectors; math-heavy kernels gain."""
-    wide = ("-mprefer-vector-width=512",) if "avx512f" in cpu_identity() else ()
-    return (*FLAGS, *wide)
+    """The compiler's flags here. GCC holds back from 512-bit vectors; math-heavy kernels gain.
+
+    Raises:
+        BackendError: SS4204 where `$SHOESTRING_ISA` names no instruction set.
+    """
+    isa = os.environ.get("SHOESTRING_ISA", "native")
+    if isa not in ISAS:
+        what = f"SHOESTRING_ISA is one of {', '.join(ISAS)}; found {isa!r}"
+        raise BackendError("SS4204", what, "", "unset it to use what this machine has")
+    has_wide = isa in ("native", "avx512") and "avx512f" in cpu_identity()
+    wide = ("-mprefer-vector-width=512",) if has_wide else ()
+    return (*FLAGS, *ISAS[isa], *wide)
 
 
 @cache

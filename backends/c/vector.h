@@ -76,10 +76,24 @@ SS_INLINE ss_vf ss_vmax(ss_vf a, ss_vf b) {
     return ss_vselect(a > b, a, b);
 #endif
 }
+/* Sum, and maximum of numbers, of all lanes. */
 SS_INLINE float ss_vsum(ss_vf v) {
+#if SS_LANES == 16
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float total = 0;
     for (int i = 0; i < SS_LANES; i++) total += v[i];
     return total;
+#endif
+}
+SS_INLINE float ss_vlargest(ss_vf v) {
+#if SS_LANES == 16
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float largest = v[0];
+    for (int i = 1; i < SS_LANES; i++) largest = v[i] > largest ? v[i] : largest;
+    return largest;
+#endif
 }
 
 /* 2^x, 0 below the smallest normal number: 2^i * p(f) with |f| <= 1/2; right up to x < 127.5. */
@@ -140,6 +154,16 @@ SS_INLINE ss_vd ss_vdfma(ss_vd a, ss_vd b, ss_vd c) {
 SS_INLINE ss_vd ss_vdmax(ss_vd a, ss_vd b) {
     for (int i = 0; i < SS_LANES / 2; i++) b[i] = a[i] > b[i] ? a[i] : b[i];
     return b;
+}
+SS_INLINE double ss_vdsum(ss_vd v) {
+    double total = 0;
+    for (int i = 0; i < SS_LANES / 2; i++) total += v[i];
+    return total;
+}
+SS_INLINE double ss_vdlargest(ss_vd v) {
+    double largest = v[0];
+    for (int i = 1; i < SS_LANES / 2; i++) largest = v[i] > largest ? v[i] : largest;
+    return largest;
 }
 SS_INLINE ss_vd ss_vdexp2(ss_vd x) {
     for (int i = 0; i < SS_LANES / 2; i++) x[i] = exp2(x[i]);
