@@ -42,6 +42,9 @@ enum {
     AMX_COLS = 32,
     AMX_UNITS = 16,          /* units of K that one multiplication of tile registers takes */
     PACKED_A = 2 << 20,      /* most bytes of packed A at a time */
+    ALONE = 1 << 17,         /* multiply-adds below which one thread is faster */
+    LARGE = 1 << 25,         /* multiply-adds from which on each thread has SHARE parts */
+    SHARE = 4,
 };
 
 #if defined(__AVX512BF16__) && SS_LANES == 16
@@ -418,43 +421,49 @@ static void part(const Shape *s, const char *a, const char *b, int64_t batch, in
 
 /* -- all threads -------------------------------------------------------------------------------- */
 
-/* How many threads share the rows; the others share the columns. Packing B is done by each thread
- * that shares rows, so that splitting columns is better where rows are few. */
-static int64_t row_threads(const Shape *s, int64_t threads) {
-    int64_t best = 1;
-    double least_work = 0;
-    for (int64_t t = 1; t <= threads; t++) {
-        if (threads % t) continue;
-        double rows = blocks(blocks(s->g->m, s->rows), t) * s->rows;
-        double cols = blocks(blocks(s->g->n, s->cols), threads / t) * s->cols;
-        double work = rows * cols + 4 * cols + 4 * rows;
-        if (t == 1 || work < least_work) best = t, least_work = work;
-    }
-    return best;
+/* How the matrices are cut: `batch * down * across` parts of `high` rows and `wide` columns. */
+typedef struct {
+    int64_t down, across, high, wide;
+} Cut;
+
+/* At least `parts` parts where the matrix has that many tiles: rows first, since a block of rows
+ * packs all of B for itself anyway. */
+static Cut cut(const Shape *s, int64_t parts) {
+    const ss_gemm *g = s->g;
+    const int64_t high = blocks(g->m, s->rows), wide = blocks(g->n, s->cols);
+    Cut c = {.down = parts > g->batch ? blocks(g->m, s->mc) : 1, .across = 1};
+    const int64_t have = g->batch * c.down;
+    if (have < parts) c.across = least(wide, blocks(parts, have));
+    if (have * c.across < parts) c.down = least(high, blocks(parts, g->batch * c.across));
+    c.high = blocks(high, c.down) * s->rows;
+    c.wide = blocks(wide, c.across) * s->cols;
+    c.down = blocks(g->m, c.high);
+    c.across = blocks(g->n, c.wide);
+    return c;
 }
 
+/* Parts are taken as threads become free, a few for each: a thread that loses its core to another
+ * process for a while holds up one part, not its share of the product. */
 void ss_gemm_run(const ss_gemm *g, const void *a, const void *b, void *const *buffers,
                  void *scratch, int64_t threads) {
     const Shape s = shape_of(g);
     const int64_t each = ss_gemm_scratch(g);
-    const int64_t most = least(threads, omp_get_max_threads());
     const double work = (double)g->batch * g->m * g->n * (g->k + 8);
-    const int64_t used = work < 1 << 17 ? 1 : most;
-    const int64_t rows = g->batch >= used ? 1 : row_threads(&s, used);
-    const int64_t cols = g->batch >= used ? 1 : used / rows;
-    const int64_t high = blocks(blocks(g->m, s.rows), rows) * s.rows;
-    const int64_t wide = blocks(blocks(g->n, s.cols), cols) * s.cols;
-    const int64_t parts = g->batch * rows * cols;
+    const int64_t used = work < ALONE ? 1 : least(threads, omp_get_max_threads());
+    const Cut c = cut(&s, used == 1 ? 1 : work < LARGE ? used : SHARE * used);
+    const int64_t parts = g->batch * c.down * c.across;
 #pragma omp parallel num_threads(used) if (used > 1)
     {
 #if SS_AMX
         if (s.amx) ss_tile_start();
 #endif
         float *mine = (float *)((char *)scratch + omp_get_thread_num() * each);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (int64_t p = 0; p < parts; p++) {
-            const int64_t batch = p / (rows * cols), i = p / cols % rows * high, j = p % cols * wide;
-            part(&s, a, b, batch, i, least(i + high, g->m), j, least(j + wide, g->n), buffers, mine);
+            const int64_t batch = p / (c.down * c.across);
+            const int64_t i = p / c.across % c.down * c.high, j = p % c.across * c.wide;
+            part(&s, a, b, batch, i, least(i + c.high, g->m), j, least(j + c.wide, g->n), buffers,
+                 mine);
         }
 #if SS_AMX
         if (s.amx) ss_tile_stop();
