@@ -86,6 +86,21 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 RegionOperand = Region | Number | None | tuple[Region | None, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an instruction has to do at least.
+
+    Attributes:
+        flops: floating-point operations of its products; of all its ops where it has none.
+        bytes: read and written, each element once.
+        dtype: of the factors of its products.
+    """
+
+    flops: int = 0
+    bytes: int = 0
+    dtype: torch.dtype = torch.float32
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class CallKernel:
     """Calls generated code with pointers to regions.
@@ -96,6 +111,8 @@ class CallKernel:
         writes: those of `pointers` that it writes.
         results: the values that are in memory after it, and where.
         ops: names of the IR ops that it carries out.
+        work: what they have to do at least.
+        why: what kind of kernel it is.
     """
 
     kernel: str
@@ -104,6 +121,8 @@ class CallKernel:
     results: Mapping[Value, Region]
     ops: tuple[str, ...]
     loc: Loc = Loc()
+    work: Work = Work()
+    why: str = ""
 
     @property
     def name(self) -> str:

@@ -23,6 +23,7 @@ from ..instructions import (
     contiguous_strides,
 )
 from ..memory import Lifetime, plan_memory
+from .accounting import work_of_op, work_of_unit
 from .claims import Claim, claim
 from .decompositions import decompose
 from .groups import Grouping, Unit
@@ -192,7 +193,9 @@ class _Emitter:
         places = {b.value: self.whole(b) for b in node.outs}
         places |= {v: self.region(r) for v, r in zip(node.op.results, node.results, strict=False)}
         results = {v: r for v, r in places.items() if v in self.known}
-        return CallKernel(name, pointers, written, results, ops, node.loc)
+        work = work_of_op(node.op, map(self.region, found.pointers))
+        why = "written for this op"
+        return CallKernel(name, pointers, written, results, ops, node.loc, work, why)
 
     def name_of(self, kernel: Kernel) -> str:
         """The C function's name; kernels of equal text share one."""
@@ -225,7 +228,8 @@ class _Emitter:
         results = {b.value: self.whole(b) for b in made if b.value in self.known}
         written = tuple(pointers[i] for i in kernel.written)
         loc = _loc_of([p.node.op for p in unit.nodes])
-        return CallKernel(name, pointers, written, results, kernel.ops, loc)
+        work = work_of_unit(unit, self.stored)
+        return CallKernel(name, pointers, written, results, kernel.ops, loc, work, _kind(unit))
 
     def scratch(self, kernel: Kernel) -> Region:
         """Memory that one call of a kernel needs beside what it reads and writes."""
@@ -273,6 +277,14 @@ class _Emitter:
             else ""
         )
         return f"{more}{kernels[0].comment}\n{body.replace('@', name)}"
+
+
+def _kind(unit: Unit) -> str:
+    """What a generated kernel is, for a reader of its times."""
+    count = len(unit.nodes)
+    if unit.product is not None:
+        return "product" if count == 1 else f"product, {count - 1} ops on each block of it"
+    return f"{count} ops in one pass" if count > 1 else "one op"
 
 
 def _file(text: str) -> str:

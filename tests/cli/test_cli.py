@@ -204,7 +204,7 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", *TINY, "--top", "4"]) == 0
     text = capsys.readouterr().out
     assert "canonicalize" in text and "memory:" in text and "cost of a step" in text
-    assert "aten.mm" in text
+    assert "aten.mm" in text and "time of a step" in text and "of peak" in text
 
 
 def test_explain_a_model_of_the_users(

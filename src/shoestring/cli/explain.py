@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -14,6 +15,9 @@ from tyro.conf import OmitArgPrefixes
 
 from shoestring.backends.c import CExecutable
 from shoestring.ir import Cost, Function, Op, Role, Value
+from shoestring.ir.errors import UsageError
+from shoestring.runtime.roofline import Measured, Peaks, measure_kernels, measure_peaks
+from shoestring.runtime.step import batch_tensors
 
 from .program import Source
 from .workload import DataOptions, ModelOptions, OptimizerOptions, positive
@@ -28,14 +32,18 @@ class ExplainOptions:
             default the model of `shoestring train`.
         backend: what compiles the step.
         top: rows of each table.
+        timed: steps over which kernels are timed; 0 times none.
     """
 
     model: str | None = None
     backend: str = "c"
     top: int = 15
+    timed: int = 3
 
     def __post_init__(self) -> None:
         positive("top", self.top)
+        if self.timed < 0:
+            raise UsageError("SS7005", f"--timed must be 0 or more, found {self.timed}")
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,11 @@ class Explain:
         else:
             console.print(memory_table(report.function, self.what.top))
         console.print(cost_table(report.function, self.what.top))
+        if isinstance(executable, CExecutable) and self.what.timed:
+            arguments = step.bind(step.program(batch).captured, batch_tensors(batch))
+            peaks = measure_peaks()
+            rows = measure_kernels(executable, arguments, peaks, self.what.timed)
+            console.print(time_table(rows, peaks, self.what.top))
         return 0
 
 
@@ -80,6 +93,44 @@ def plan_table(executable: CExecutable, top: int) -> Table:
         f" its peak of {plan.peak_bytes / 1e6:.1f} MB is{place}"
     )
     return _held_table(title, sorted(held, key=lambda h: -h.nbytes), top)
+
+
+# --- time ---------------------------------------------------------------------------------------
+
+
+def time_table(rows: list[Measured], peaks: Peaks, top: int) -> Table:
+    """Which kernel ran for which ops and why, its time, and how far it is from the roofline."""
+    whole, least = sum(r.seconds for r in rows), sum(r.least for r in rows)
+    fp32, bf16 = (peaks.flops[t] / 1e9 for t in (torch.float32, torch.bfloat16))
+    title = (
+        f"time of a step: {whole * 1e3:.2f} ms; at the roofline {least * 1e3:.2f} ms."
+        f" Peaks measured here: products {fp32:.0f} GFLOP/s in f32 and {bf16:.0f} in bf16,"
+        f" memory {peaks.bandwidth / 1e9:.0f} GB/s"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("kernel")
+    for column in ("times", "ms", "share", "of peak"):
+        table.add_column(column, justify="right")
+    for column in ("bound by", "why this kernel", "ops"):
+        table.add_column(column)
+    for r in rows[:top]:
+        table.add_row(
+            escape(r.name), str(r.calls), f"{r.seconds * 1e3:.3f}", f"{r.seconds / whole:.1%}",
+            f"{r.share_of_peak:.0%}", r.bound, escape(r.why), escape(_ops_text(r.ops)),
+        )  # fmt: skip
+    if len(rows) > top:
+        rest = sum(r.seconds for r in rows[top:])
+        times = sum(r.calls for r in rows[top:])
+        more = f"{len(rows) - top} more"
+        table.add_row(more, str(times), f"{rest * 1e3:.3f}", f"{rest / whole:.1%}")
+    return table
+
+
+def _ops_text(ops: tuple[str, ...]) -> str:
+    """The first ops by short name, and how many more there are."""
+    names = [name.removeprefix("aten.").partition(".")[0] for name in ops]
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 # --- memory -------------------------------------------------------------------------------------

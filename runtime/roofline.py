@@ -1,0 +1,144 @@
+"""How long each instruction of a step takes, and how long it would take at the machine's peak.
+
+The roofline of an instruction is the longer of two times: its operations at the best rate of a
+product, its bytes at the best rate of a copy. Both rates are measured in the same process.
+Source: Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+
+from shoestring.backends.c import CExecutable
+from shoestring.backends.c.accounting import work_of_op
+from shoestring.backends.instructions import CallKernel, CallTorch, Instruction, Work
+
+from .executor import Executor
+
+REPEATS = 5
+SIDE = 1024  # of the matrices whose product gives the peak
+COPIED = 1 << 26  # bytes, far beyond the caches
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Best rates of this machine, with PyTorch's number of threads.
+
+    Attributes:
+        flops: element type of the factors -> FLOP/s of a matrix product.
+        bandwidth: byte/s of a copy, read and written bytes together.
+    """
+
+    flops: dict[torch.dtype, float]
+    bandwidth: float
+
+    def seconds(self, work: Work) -> float:
+        """The least time for some work."""
+        rate = self.flops.get(work.dtype, self.flops[torch.float32])
+        return max(work.flops / rate, work.bytes / self.bandwidth)
+
+    def bound(self, work: Work) -> str:
+        """What the least time is for: `products` or `memory`."""
+        rate = self.flops.get(work.dtype, self.flops[torch.float32])
+        return "products" if work.flops / rate > work.bytes / self.bandwidth else "memory"
+
+
+def measure_peaks() -> Peaks:
+    """The rates of PyTorch's products (f32, bf16) and copies, each the best of a few tries."""
+    flops: dict[torch.dtype, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(SIDE, SIDE, dtype=dtype), torch.ones(SIDE, SIDE, dtype=dtype)
+        out = torch.empty(SIDE, SIDE, dtype=dtype)
+        flops[dtype] = 2 * SIDE**3 / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
+    source, target = torch.ones(COPIED, dtype=torch.uint8), torch.zeros(COPIED, dtype=torch.uint8)
+    return Peaks(flops, 2 * COPIED / _best(lambda: target.copy_(source)))
+
+
+def _best(call: Callable[[], object]) -> float:
+    seconds: list[float] = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+@dataclass
+class Measured:
+    """One kernel, or one library op, over all its calls in a step.
+
+    Attributes:
+        name: of the kernel or op.
+        ops: what it carries out, in order.
+        why: what kind of kernel it is, or why it is a library call.
+        calls: in a step.
+        seconds: of all calls of a step, the median over steps.
+        least: seconds of all calls at the roofline.
+        bound: what the roofline is for.
+    """
+
+    name: str
+    ops: tuple[str, ...]
+    why: str
+    bound: str
+    calls: int = 0
+    seconds: float = 0.0
+    least: float = 0.0
+    work: list[Work] = field(default_factory=list[Work])
+
+    @property
+    def share_of_peak(self) -> float:
+        """1 at the roofline. Above it where data comes from the caches."""
+        return self.least / self.seconds if self.seconds else 0.0
+
+
+def measure_kernels(
+    executable: CExecutable, arguments: Sequence[torch.Tensor], peaks: Peaks, steps: int
+) -> list[Measured]:
+    """Times of everything in a step, the longest first.
+
+    Args:
+        executable: what to measure.
+        arguments: parameters with a next value are overwritten, as by `run`.
+        peaks: what the machine can do.
+        steps: how many steps are timed, after one that is not.
+    """
+    times: list[list[float]] = []
+    for _ in range(steps + 1):
+        own: list[float] = []
+        Executor(executable, lambda t, own=own: own.append(t.seconds)).run(arguments)  # type: ignore[misc]
+        times.append(own)
+    rows: dict[str, Measured] = {}
+    for instruction, *seconds in zip(executable.instructions, *times[1:], strict=True):
+        work = work_of(instruction)
+        ops = instruction.ops if isinstance(instruction, CallKernel) else (instruction.name,)
+        row = rows.setdefault(
+            instruction.name,
+            Measured(instruction.name, ops, _why(instruction), peaks.bound(work)),
+        )
+        row.calls += 1
+        row.seconds += median(seconds)
+        row.least += peaks.seconds(work)
+        row.work.append(work)
+    return sorted(rows.values(), key=lambda r: -r.seconds)
+
+
+def work_of(instruction: Instruction) -> Work:
+    """What an instruction has to do at least."""
+    if isinstance(instruction, CallKernel):
+        return instruction.work
+    if isinstance(instruction, CallTorch):
+        return work_of_op(instruction.op, instruction.regions)
+    sizes = (torch.Size(r.shape).numel() * r.dtype.itemsize for r in instruction.regions)
+    return Work(bytes=sum(sizes))
+
+
+def _why(instruction: Instruction) -> str:
+    if isinstance(instruction, CallTorch):
+        return f"PyTorch: {instruction.why or 'no generated code for this op'}"
+    return instruction.why
