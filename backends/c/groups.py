@@ -1,15 +1,15 @@
 """Which nodes share a kernel.
 
-A kernel has one domain of loops. Every node in it lives on one of three levels: `none` (one number,
-computed before the loops), `outer` (one an outer index), `full` (one an outer and inner index).
-A reduction takes `full` to `outer`, or to `none` where there is no outer. Greedy, in program order:
-a node joins the kernels of its operands where levels agree and no path leaves the kernel and comes
-back.
+A kernel has one domain of loops; every node in it lives on one of the levels of `levels.py`. A
+reduction takes `full` to `outer` or `columns`, or to `none` where there is neither. Greedy, in
+program order: a node joins the kernels of its operands where levels agree and no path leaves the
+kernel and comes back. A sum over rows also joins another reader of what it sums up.
 """
 
 from __future__ import annotations
 
 from bisect import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +17,7 @@ from shoestring.ir import Phase
 
 from .atoms import Atoms, Run, strides_of
 from .layout import row_major
+from .levels import is_columns, join
 from .nodes import Base, Node, Ref, Work, WorkList
 from .products import Axes, axes_of, walks
 from .reductions import keeps_dims, reduced_dims
@@ -24,6 +25,7 @@ from .reductions import keeps_dims, reduced_dims
 MAX_NODES = 96
 MAX_SEARCH = 256
 HELD = 1 << 20  # bytes that may be kept alive longer for the sake of one kernel
+MAX_READERS = 4
 
 
 @dataclass(eq=False, slots=True)
@@ -47,6 +49,7 @@ class Unit:
     Attributes:
         full: loops of the whole domain; meaningless for a library call.
         outer: loops of the outer level; None where no node is on it.
+        columns: loops of the level of sums over rows, likewise.
         reduces_all: whether a reduction goes from `full` to `none`.
         product: the matrix product whose epilogue the other nodes are.
         axes: its loops, as they were when all of them were checked.
@@ -57,6 +60,7 @@ class Unit:
     library: bool = False
     full: Run = ()
     outer: Run | None = None
+    columns: Run | None = None
     reduces_all: bool = False
     inputs: set[int] = field(default_factory=set[int])
     users: set[int] = field(default_factory=set[int])
@@ -78,6 +82,7 @@ class Grouping:
         self.units: dict[int, Unit] = {}
         self.unit_of: dict[Node, int] = {}
         self.placed: dict[Node, Placed] = {}
+        self.readers: dict[Base, list[tuple[Ref, Placed]]] = {}
         self.fuse = fuse
         self.wide_readers = _wide_readers(work)
         self.heavy = [n.index for n in work.nodes if n.work in (Work.PRODUCT, Work.LIBRARY)]
@@ -98,7 +103,11 @@ class Grouping:
             unit.outer, unit.reduces_all = (kept, False) if kept else (None, True)
         if self.fuse:
             for ref in [] if reads_whole(node) else node.refs:
-                self._try_merge(self.unit_of[node], ref, placed)
+                self._try_merge(ref, placed)
+            if node.work is Work.REDUCTION:
+                self._join_readers(node.refs[0], placed)
+        for ref in node.refs:
+            self.readers.setdefault(ref.base, []).append((ref, placed))
 
     def _new_unit(self, placed: Placed, library: bool = False) -> Unit:
         node = placed.node
@@ -126,27 +135,51 @@ class Grouping:
 
     # -- merging -------------------------------------------------------------------------------
 
-    def _try_merge(self, index: int, ref: Ref, placed: Placed) -> None:
+    def _try_merge(self, ref: Ref, placed: Placed) -> None:
+        """Merges the unit that makes what a node reads with the node's."""
         producer = ref.base.node
         if producer is None or producer not in self.placed:
             return
         a, b = self.units[self.unit_of[producer]], self.units[self.unit_of[placed.node]]
-        if a is b or a.library or b.library or len(a.nodes) + len(b.nodes) > MAX_NODES:
+        if a is b or ref.layout.numel == 1 and not self._may_share_number(a, b):
             return
-        if ref.layout.numel == 1 and not self._may_share_number(a, b):
+        self._merge(a, b)
+
+    def _merge(self, a: Unit, b: Unit, tie: Sequence[tuple[Run, Run]] = ()) -> None:
+        """Makes two units one, where that can be; `tie` are loops that must be the same."""
+        if a.library or b.library or len(a.nodes) + len(b.nodes) > MAX_NODES:
             return
         if (a.product and b.product) or ((a.product or b.product) and (a.reduces or b.reduces)):
             return
         if self._comes_back(a, b) or self._waits(a, b):
             return
         mark = self.atoms.mark()
-        tied = self._tie_all(a, b) and self._tie_rest(a, b)
-        merged = self._levels(a, b) if tied and self._is_epilogue(a, b) else None
+        tied = all(self.atoms.tie(*pair) for pair in tie)
+        tied = tied and self._tie_all(a, b) and self._tie_rest(a, b)
+        merged = join(self.atoms, a, b) if tied and self._is_epilogue(a, b) else None
         if merged is None or self._reaches(a, b) or self._reaches(b, a):
             self.atoms.undo(mark)
             return
-        a.full, a.outer, a.reduces_all = merged
+        a.full, a.outer, a.columns = merged.full, merged.outer, merged.columns
+        a.reduces_all = merged.reduces_all
         self._absorb(a, b)
+
+    def _join_readers(self, ref: Ref, placed: Placed) -> None:
+        """Merges a sum over rows with kernels that read the same elements in the same order."""
+        for other, reader in self.readers.get(ref.base, [])[-MAX_READERS:]:
+            a, b = self.units[self.unit_of[reader.node]], self.units[self.unit_of[placed.node]]
+            if a is b or other.layout != ref.layout or reads_whole(reader.node) or a.product:
+                continue
+            if len(reader.domain) != len(placed.domain) or not self._sums_columns(b):
+                continue
+            pairs = list(zip(reader.domain, placed.domain, strict=True))
+            self._merge(a, b, pairs)
+
+    def _sums_columns(self, unit: Unit) -> bool:
+        if unit.outer is None or unit.columns is not None:
+            return False
+        full, outer = self.atoms.resolve(unit.full), self.atoms.resolve(unit.outer)
+        return set(outer) < set(full) and is_columns(self.atoms, unit.nodes, outer, full)
 
     def _may_share_number(self, a: Unit, b: Unit) -> bool:
         """Whether two units may meet over one number that `b` reads from `a`.
@@ -226,33 +259,6 @@ class Grouping:
                 return False
         return True
 
-    def _levels(self, a: Unit, b: Unit) -> tuple[Run, Run | None, bool] | None:
-        """The domain of both together, or None where their nodes do not fit three levels."""
-        full = max((self.atoms.resolve(u.full) for u in (a, b)), key=len)
-        if len(set(full)) != len(full):
-            return None
-        whole = set(full)
-        outer: Run | None = None
-        for unit in (a, b):
-            for level in (unit.full, unit.outer):
-                if level is None:
-                    continue
-                loops = self.atoms.resolve(level)
-                if len(set(loops)) != len(loops) or not set(loops) <= whole:
-                    return None
-                if not loops or set(loops) == whole:
-                    continue
-                if outer is not None and set(outer) != set(loops):
-                    return None
-                outer = loops
-        reduces_all = a.reduces_all or b.reduces_all
-        if reduces_all and (outer is not None or not self._reduce_whole(a, b, whole)):
-            return None
-        return full, outer, reduces_all
-
-    def _reduce_whole(self, a: Unit, b: Unit, whole: set[int]) -> bool:
-        return all(set(self.atoms.resolve(u.full)) == whole for u in (a, b) if u.reduces_all)
-
     def _is_epilogue(self, a: Unit, b: Unit) -> bool:
         """Whether what is not the product itself is done to each element of it, row by row."""
         product, other = (a, b) if a.product else (b, a)
@@ -323,6 +329,8 @@ class Grouping:
         units = [u for u in self.units.values() if u.nodes]
         for u in units:
             u.inputs = {self._current(i) for i in u.inputs} - {u.index}
+            if self._sums_columns(u):
+                u.outer, u.columns = None, u.outer
         return units
 
 

@@ -120,7 +120,7 @@ class _Text:
             self.put("}")
 
 
-Level = str  # "none", "outer" or "full"
+Level = str  # "none", "outer", "columns" or "full"
 
 
 class KernelWriter:
@@ -187,8 +187,10 @@ class KernelWriter:
             self.stage[p.node] = stage + (p.node.work is Work.REDUCTION)
         reductions = [self.stage[p.node] for p in self.unit.nodes if p.node.work is Work.REDUCTION]
         self.reductions_end = max(reductions, default=0)
+        # Results on other levels are stored when all passes are done.
         self.last_stage = max(
-            [self.reductions_end - 1, *(self._store_stage(p, 0) for p in self.stores)], default=0
+            [self.reductions_end - 1]
+            + [self._store_stage(p, 0) for p in self.stores if self.level[p.node] == "full"]
         )
 
     def _store_stage(self, p: Placed, last: int) -> int:
@@ -262,7 +264,7 @@ class KernelWriter:
         self.accesses = [a for _, _, a in accesses]
         inner = [a for a in self.full if a not in self.outer]
         self.inner = tuple(inner)
-        self.by_column = bool(self.outer) and self._contiguous_outer(set(inner))
+        self.by_column = self._is_by_column(set(inner))
         self.outer_loops = self._merge(self._sorted(list(self.outer)), "i")
         self.inner_loops = self._merge(self._sorted(inner), "j")
         if self.by_column:
@@ -273,6 +275,9 @@ class KernelWriter:
     def _all_loops(self) -> list[Loop]:
         lane = [self.lane] if self.by_column else []
         return [*self.outer_loops, *lane, *self.inner_loops]
+
+    def _is_by_column(self, inner: set[int]) -> bool:
+        return bool(self.outer) and self._contiguous_outer(inner)
 
     def _contiguous_outer(self, inner: set[int]) -> bool:
         """Whether most of the memory traffic of the full level is contiguous along outer loops."""
@@ -692,6 +697,11 @@ class KernelWriter:
             self._for(loop)
         if self.by_column:
             self._open_lanes()
+        self._row_passes()
+        self.text.close(loops)
+
+    def _row_passes(self) -> None:
+        """Everything that is done for one outer index."""
         self._outer_level(0)
         for node in (n for n in self.kept if self._host(self.members[n.outs[0]]) is None):
             size = self.atoms.size(self.inner)
@@ -703,7 +713,6 @@ class KernelWriter:
                 (self._column_pass if self.by_column else self._row_pass)(reduced, stored)
             self._outer_level(stage + 1)
         self._store_outer()
-        self.text.close(loops)
 
     def _open_lanes(self) -> None:
         size = self.lane.size

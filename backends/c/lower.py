@@ -25,6 +25,7 @@ from ..instructions import (
 from ..memory import Lifetime, plan_memory
 from .accounting import work_of_op, work_of_unit
 from .claims import Claim, claim
+from .column_sums import ColumnSumWriter
 from .decompositions import decompose
 from .groups import Grouping, Unit
 from .kernels import Kernel, KernelWriter
@@ -212,7 +213,7 @@ class _Emitter:
         return operand
 
     def kernel_call(self, unit: Unit) -> CallKernel:
-        writer = KernelWriter if unit.product is None else ProductWriter
+        writer = _writer_of(unit)
         kernel = writer(
             unit, self.grouping.atoms, self.buffer_of, self.stored, self.order.in_place
         ).write()
@@ -285,6 +286,12 @@ def _kind(unit: Unit) -> str:
     if unit.product is not None:
         return "product" if count == 1 else f"product, {count - 1} ops on each block of it"
     return f"{count} ops in one pass" if count > 1 else "one op"
+
+
+def _writer_of(unit: Unit) -> type[KernelWriter]:
+    if unit.product is not None:
+        return ProductWriter
+    return KernelWriter if unit.columns is None else ColumnSumWriter
 
 
 def _file(text: str) -> str:

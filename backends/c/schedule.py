@@ -89,7 +89,10 @@ def _same_position(unit: Unit, old: Base, new: Base, atoms: Atoms) -> bool:
         return False
     (writer,) = [p for p in unit.nodes if new in p.node.outs]
     target = atoms.resolve(a for run in writer.result for a in run)
+    columns = set(atoms.resolve(unit.columns)) if unit.columns is not None else None
     for placed in unit.nodes:
+        if set(target) == columns != set(atoms.resolve(a for run in placed.domain for a in run)):
+            continue  # columns are written when everything else is done
         for ref in placed.node.refs:
             if ref.base is not old:
                 continue
