@@ -19,6 +19,7 @@ from .atoms import Atoms, Run, strides_of
 from .layout import row_major
 from .levels import is_columns, join
 from .nodes import Base, Node, Ref, Work, WorkList
+from .placement import Placement
 from .products import Axes, axes_of, walks
 from .reductions import keeps_dims, reduced_dims
 
@@ -71,7 +72,7 @@ class Unit:
     @property
     def reduces(self) -> bool:
         """Whether a node is a reduction."""
-        return self.reduces_all or self.outer is not None
+        return self.reduces_all or self.outer is not None or self.columns is not None
 
 
 class Grouping:
@@ -86,6 +87,7 @@ class Grouping:
         self.fuse = fuse
         self.wide_readers = _wide_readers(work)
         self.heavy = [n.index for n in work.nodes if n.work in (Work.PRODUCT, Work.LIBRARY)]
+        self.placement = Placement(work)
         for node in work.nodes:
             self._add(node)
 
@@ -143,6 +145,9 @@ class Grouping:
         a, b = self.units[self.unit_of[producer]], self.units[self.unit_of[placed.node]]
         if a is b or ref.layout.numel == 1 and not self._may_share_number(a, b):
             return
+        product = a.product
+        if product and not self.placement.follows(producer, product.node, placed.node):
+            return
         self._merge(a, b)
 
     def _merge(self, a: Unit, b: Unit, tie: Sequence[tuple[Run, Run]] = ()) -> None:
@@ -152,6 +157,8 @@ class Grouping:
         if (a.product and b.product) or ((a.product or b.product) and (a.reduces or b.reduces)):
             return
         if self._comes_back(a, b) or self._waits(a, b):
+            return
+        if len(self.placement.of_unit(p.node for p in (*a.nodes, *b.nodes))) > 1:
             return
         mark = self.atoms.mark()
         tied = all(self.atoms.tie(*pair) for pair in tie)

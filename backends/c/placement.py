@@ -1,0 +1,154 @@
+"""Where pointwise work belongs, before kernels are formed: early or late, with a product or not.
+
+A node that reads what an early kernel makes need not run there: the gradient of a norm reads values
+of the forward pass, but nobody reads it before the backward pass. So each node has a depth, the
+number of library calls and products on the longest path to it, and a place: the depth at which it
+is needed first. Kernels hold nodes of one place.
+
+A product's epilogue is all that follows of one place and is pointwise, or nothing: what it passes
+on to memory must not be more than the product's result.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+
+from .nodes import Base, Node, Work, WorkList
+
+SMALL = 1 << 12  # elements of a value that may be computed anywhere
+HELD = 1.5  # a late node keeps its operands: at most so many times the bytes of its result
+
+
+class Placement:
+    """Places of nodes, and the epilogues of products."""
+
+    def __init__(self, work: WorkList) -> None:
+        self.nodes = {n.index: n for n in work.nodes}
+        self.readers: dict[Base, list[Node]] = {}
+        for node in work.nodes:
+            for ref in node.refs:
+                self.readers.setdefault(ref.base, []).append(node)
+        ends = (*(work.refs[o.value] for o in work.function.outputs), *work.nexts.values())
+        self.ends = {r.base for r in ends}
+        self.depth: dict[Node, int] = {}
+        for node in work.nodes:
+            self.depth[node] = self._depth(node)
+        self.leads_on: dict[Node, bool] = {}
+        self.place: dict[Node, int] = {}
+        for node in reversed(work.nodes):
+            self.leads_on[node] = self._leads_on(node)
+        for node in reversed(work.nodes):
+            self.place[node] = self._place(node)
+        products = [n for n in work.nodes if n.work is Work.PRODUCT]
+        self.epilogue = {n: self._epilogue(n) for n in products}
+
+    def follows(self, maker: Node, product: Node, reader: Node) -> bool:
+        """Whether a node may join a product's kernel, by what it reads of it."""
+        epilogue = self.epilogue[product]
+        return reader in epilogue or not (maker is product or maker in epilogue)
+
+    def of_unit(self, nodes: Iterable[Node]) -> set[int]:
+        """The places that the nodes of a kernel are bound to; small ones go anywhere."""
+        return {self.place[n] for n in nodes if _numel(n) > SMALL}
+
+    # -- early or late -------------------------------------------------------------------------
+
+    def _depth(self, node: Node) -> int:
+        makers = (r.base.node for r in node.refs)
+        inputs = (self.depth[m] + _is_barrier(m) for m in makers if m is not None)
+        return max(inputs, default=0)
+
+    def _place(self, node: Node) -> int:
+        """Reductions make little of much: they run as soon as they can."""
+        if node.work is not Work.POINTWISE:
+            return self.depth[node] + _is_barrier(node)
+        depth = self.depth[node]
+        late = max(depth, self._first_need(node))
+        held = [base for base in {r.base for r in node.refs} if self._dies(base, late)]
+        return depth if _bytes(held) > HELD * node.outs[0].nbytes else late
+
+    def _first_need(self, node: Node) -> int:
+        """The place of the first reader. A product that only leads to new state may wait by one."""
+        readers = self._readers_of(node)
+        last = [self.depth[r] for r in readers if _is_barrier(r) and not self.leads_on[r]]
+        others = [self._needed(r) for r in readers if not _is_barrier(r) or self.leads_on[r]]
+        return min([*others, *(d + 1 for d in last)] if others else last, default=0)
+
+    def _leads_on(self, node: Node) -> bool:
+        """Whether a call or a product depends on it."""
+        return any(_is_barrier(r) or self.leads_on[r] for r in self._readers_of(node))
+
+    def _needed(self, reader: Node) -> int:
+        if _is_barrier(reader):
+            return self.depth[reader]
+        return self.place.get(reader, self.depth[reader])
+
+    def _dies(self, base: Base, place: int) -> bool:
+        """Whether nobody else keeps a value until then."""
+        kept = base.param is not None or base.constant is not None or base in self.ends
+        readers = self.readers.get(base, ())
+        return not kept and all(self._needed(r) < place for r in readers)
+
+    # -- epilogues -----------------------------------------------------------------------------
+
+    def _epilogue(self, product: Node) -> set[Node]:
+        """The nodes that may follow a product in its kernel; all those that can, or none."""
+        found = {product}
+        self._follow(product, found)
+        if len(found) == 1:
+            return set()
+        before = _bytes([product.outs[0]])
+        passed = [n.outs[0] for n in found if self._is_read_outside(n, found)]
+        ends = [b for b in passed if self._is_end(b)]
+        behind = [b for b in passed if self._is_reduced(b)]
+        alone = 2 * before + _bytes(b for b in ends if b is not product.outs[0])
+        return found - {product} if _bytes(passed) + _bytes(behind) <= alone else set()
+
+    def _follow(self, product: Node, found: set[Node]) -> None:
+        """Adds the pointwise nodes of the product's place that need nothing that comes after it."""
+        place = self.place[product]
+        behind: set[Node] = set()  # depends on the product and cannot share its kernel
+        ready = [r.index for r in self._readers_of(product)]
+        heapq.heapify(ready)
+        while ready:
+            node = self.nodes[heapq.heappop(ready)]
+            if node in found or node in behind or self.place[node] != place or _is_barrier(node):
+                continue
+            makers = {r.base.node for r in node.refs}
+            waits = node.work is not Work.POINTWISE or not behind.isdisjoint(makers)
+            (behind if waits else found).add(node)
+            for reader in self._readers_of(node):
+                heapq.heappush(ready, reader.index)
+
+    def _readers_of(self, node: Node) -> list[Node]:
+        return [reader for out in node.outs for reader in self.readers.get(out, ())]
+
+    def _is_read_outside(self, node: Node, found: set[Node]) -> bool:
+        out = node.outs[0]
+        return out in self.ends or any(r not in found for r in self.readers.get(out, ()))
+
+    def _is_end(self, base: Base) -> bool:
+        """Whether it must be in memory whatever shares kernels: read late, by a call, or kept."""
+        place = self.place[base.node] if base.node is not None else 0
+        readers = self.readers.get(base, ())
+        return base in self.ends or any(_is_barrier(r) or self.place[r] != place for r in readers)
+
+    def _is_reduced(self, base: Base) -> bool:
+        """Whether a kernel behind reads it again."""
+        place = self.place[base.node] if base.node is not None else 0
+        readers = self.readers.get(base, ())
+        return any(not _is_barrier(r) and self.place[r] == place for r in readers)
+
+
+def _is_barrier(node: Node) -> bool:
+    """Whether no kernel reaches across the node."""
+    return node.work in (Work.LIBRARY, Work.PRODUCT)
+
+
+def _numel(node: Node) -> int:
+    return node.outs[0].nbytes // node.outs[0].dtype.itemsize
+
+
+def _bytes(bases: Iterable[Base]) -> int:
+    return sum(b.nbytes for b in bases)
