@@ -38,8 +38,11 @@ class Placement:
         self.place: dict[Node, int] = {}
         for node in reversed(work.nodes):
             self.leads_on[node] = self._leads_on(node)
-        for node in reversed(work.nodes):
-            self.place[node] = self._place(node)
+        self.beside: set[Node] = set()
+        self._find_places(work)
+        # Once more with what a first round has found.
+        self.beside = {n for n in work.nodes if self._has_neighbours(n)}
+        self._find_places(work)
         products = [n for n in work.nodes if n.work is Work.PRODUCT]
         self.epilogue = {n: self._epilogue(n) for n in products}
 
@@ -51,6 +54,11 @@ class Placement:
     def of_unit(self, nodes: Iterable[Node]) -> set[int]:
         """The places that the nodes of a kernel are bound to; small ones go anywhere."""
         return {self.place[n] for n in nodes if _numel(n) > SMALL}
+
+    def _find_places(self, work: WorkList) -> None:
+        self.place = {}
+        for node in reversed(work.nodes):
+            self.place[node] = self._place(node)
 
     # -- early or late -------------------------------------------------------------------------
 
@@ -69,11 +77,23 @@ class Placement:
         return depth if _bytes(held) > HELD * node.outs[0].nbytes else late
 
     def _first_need(self, node: Node) -> int:
-        """The place of the first reader. A product that only leads to new state may wait by one."""
+        """The place of the first reader.
+
+        A product that only leads to new state may wait by one, where that brings nodes together.
+        """
         readers = self._readers_of(node)
         last = [self.depth[r] for r in readers if _is_barrier(r) and not self.leads_on[r]]
         others = [self._needed(r) for r in readers if not _is_barrier(r) or self.leads_on[r]]
-        return min([*others, *(d + 1 for d in last)] if others else last, default=0)
+        waits = bool(others) or node in self.beside
+        return min([*others, *(d + waits for d in last)], default=0)
+
+    def _has_neighbours(self, node: Node) -> bool:
+        """Whether what it reads is also read by nodes of the place where it would wait."""
+        if node.work is not Work.POINTWISE or not self._readers_of(node):
+            return False
+        makers = {r.base.node for r in node.refs}
+        readers = {r for m in makers if m is not None for r in self._readers_of(m)} - {node}
+        return any(self.place[r] == self.place[node] + 1 for r in readers)
 
     def _leads_on(self, node: Node) -> bool:
         """Whether a call or a product depends on it."""
