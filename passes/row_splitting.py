@@ -233,6 +233,8 @@ class _ChunkWriter:
         self.parts: dict[tuple[Value, int], list[Value]] = {}
         self.sums: dict[Value, Value] = {}
         self.checked: set[tuple[Op, int]] = set()
+        # Gradients of a chunk follow its forward pass: nothing is kept or recomputed for them.
+        self.phase = region.ops[0].loc.phase
 
     def chunk(self, start: int, stop: int) -> None:
         """One chunk: units `start` to `stop`."""
@@ -252,7 +254,7 @@ class _ChunkWriter:
         attrs = dict(op.attrs)
         if op.name in SIZES:
             attrs[SIZES[op.name]] = types[0].shape
-        new = Op(op.opdef, operands, attrs, (), op.loc)
+        new = Op(op.opdef, operands, attrs, (), replace(op.loc, phase=self.phase))
         if (op, self.stop - self.start) not in self.checked:
             self.checked.add((op, self.stop - self.start))
             if op.opdef.infer(new) != types:
@@ -290,7 +292,8 @@ class _ChunkWriter:
             return v
         step = v.type.static_shape[dim] // self.region.units
         bounds = {"start": self.start * step, "end": self.stop * step}
-        slice_ = make_op("aten.slice.Tensor", (v,), {"dim": dim, **bounds}, loc)
+        here = replace(loc, phase=self.phase)
+        slice_ = make_op("aten.slice.Tensor", (v,), {"dim": dim, **bounds}, here)
         self.table[v, dim] = self.append(slice_, self.names.fresh(self.type_of(v, dim), v.name))
         return self.table[v, dim]
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 import shoestring as ss
-from shoestring.ir import Function, parse, verify
+from shoestring.ir import Function, Phase, parse, verify
 from shoestring.passes import check, default_pipeline
 from shoestring.passes.base import Pass
 from shoestring.passes.chunk_loss import ChunkLoss
@@ -347,6 +347,26 @@ def test_memory_of_a_step() -> None:
     chunked, whole = (arena_bytes(step, batch) for step in steps)
     logits = rows * classes * 4
     assert whole > 2.9 * logits and chunked < 0.6 * logits
+
+
+def test_nothing_is_computed_again_for_the_gradient_of_a_chunk() -> None:
+    """Rows that are cheap to compute: a copy of them for the gradient would keep chunks alive."""
+
+    def loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = model.embedding(tokens)  # type: ignore[operator]
+        for _ in range(3):
+            x = (x * x + 1).tanh()
+        return F.cross_entropy(model.head(x), targets)  # type: ignore[operator]
+
+    batch = tokens_and_targets((1024,), 1031)
+    chunk = ChunkLoss(chunk_bytes=256 * 1031 * 4, min_bytes=0)
+    step = compiled(Model(1031, 64), loss, batch, passes=pipeline(chunk))
+    products = [
+        op for op in step.program(batch).function.ops
+        if op.name.startswith(("aten.mm", "aten.addmm"))
+    ]  # fmt: skip
+    assert len(products) == 3 * 4 and {op.loc.phase for op in products} == {Phase.FORWARD}
+    assert arena_bytes(step, batch) < 5.2 * 256 * 1031 * 4
 
 
 def arena_bytes(step: Step, batch: Sequence[Tensor]) -> int:
