@@ -133,16 +133,19 @@ static void NAME(pack)(
     }
 }
 
-/* Columns for products that sum over `width`: [panel][width / KU][32], from packed rows. */
-static void NAME(turn)(const UNIT *rows, int64_t n, int64_t width, UNIT *panels) {
+/* Columns for products that sum over `width`: [width / KU][32], from 32 packed rows. */
+static void NAME(turn)(const UNIT *rows, int64_t width, UNIT *panel) {
     const int64_t units = width / KU;
-    for (int64_t i = 0; i < n; i += SS_PANEL, panels += SS_PANEL * units) {
-        const int64_t some = ss_least(SS_PANEL, n - i);
-        for (int64_t u = 0; u < units; u++) {
-            for (int64_t l = 0; l < some; l++) panels[u * SS_PANEL + l] = rows[(i + l) * units + u];
-            for (int64_t l = some; l < SS_PANEL; l++) panels[u * SS_PANEL + l] = 0;
-        }
+#if SS_LANES == 16
+    if (sizeof(UNIT) == 4 && units % 16 == 0) {
+        for (int64_t u = 0; u < units; u += 16)
+            for (int64_t l = 0; l < SS_PANEL; l += 16)
+                ss_vturn(rows + l * units + u, units, panel + u * SS_PANEL + l, SS_PANEL);
+        return;
     }
+#endif
+    for (int64_t u = 0; u < units; u++)
+        for (int64_t l = 0; l < SS_PANEL; l++) panel[u * SS_PANEL + l] = rows[l * units + u];
 }
 
 /* Columns for products that sum over the rows: [n / KU][width], from packed rows; n is even. */
@@ -294,10 +297,10 @@ static void NAME(forward_pack)(
         const int64_t n = ss_least(SS_PANEL, s->keys - k);
         NAME(pack)(b[1], batch * s->k.b + head * s->k.h + k * s->k.t, s->k, s->kind, n, s->depth,
                    width, rows);
-        NAME(turn)(rows, n, width, w->keys + k * units);
+        memset(rows + n * units, 0, (SS_PANEL - n) * units * sizeof(UNIT));
+        NAME(turn)(rows, width, w->keys + k * units);
         NAME(pack)(b[2], batch * s->v.b + head * s->v.h + k * s->v.t, s->v, s->kind, n, s->depth,
                    width, rows);
-        memset(rows + n * units, 0, (SS_PANEL - n) * units * sizeof(UNIT));
         NAME(pair)(rows, SS_PANEL, width, w->values + k * units);
     }
 }
@@ -467,11 +470,11 @@ static void NAME(backward_head)(
         const int64_t n = ss_least(SS_PANEL, s->keys - k);
         NAME(pack)(b[3], batch * s->v.b + head * s->v.h + k * s->v.t, s->v, s->kind, n, s->depth,
                    width, rows);
-        NAME(turn)(rows, n, width, w->values + k * units);
+        memset(rows + n * units, 0, (SS_PANEL - n) * units * sizeof(UNIT));
+        NAME(turn)(rows, width, w->values + k * units);
         NAME(pack)(b[2], batch * s->k.b + head * s->k.h + k * s->k.t, s->k, s->kind, n, s->depth,
                    width, rows);
-        memset(rows + n * units, 0, (SS_PANEL - n) * units * sizeof(UNIT));
-        NAME(turn)(rows, n, width, w->keys + k * units);
+        NAME(turn)(rows, width, w->keys + k * units);
         NAME(pair)(rows, SS_PANEL, width, w->key_rows + k * units);
     }
     memset(w->dk, 0, keys * width * sizeof(REAL));
