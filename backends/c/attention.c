@@ -11,8 +11,20 @@
 
 #include <omp.h>
 
+#include "amx.h"
 #include "prelude.h"
 #include "vector.h"
+
+#if SS_LANES != 16
+#undef SS_AMX
+#define SS_AMX 0
+#endif
+/* Whether products of pairs may use tile registers; known at the first call. */
+#if SS_AMX
+static int ss_use_tiles = -1;
+#else
+enum { ss_use_tiles = 0 };
+#endif
 
 #define SS_LOG2E 1.44269504088896340736
 #define SS_LN2 0.69314718055994530942
@@ -135,15 +147,24 @@ SS_INLINE int64_t ss_block_cost(const ss_attention *s, int64_t t0) {
 
 typedef void (*part_of_thread)(const ss_attention *, void *const *, void *, int, int);
 
+static void run_thread(part_of_thread part, const ss_attention *s, void *const *b, void *scratch) {
+#if SS_AMX
+    if (ss_use_tiles) ss_tile_start();
+#endif
+    part(s, b, scratch, omp_get_thread_num(), omp_get_num_threads());
+#if SS_AMX
+    if (ss_use_tiles) ss_tile_stop();
+#endif
+}
+
 static void run(part_of_thread part, const ss_attention *s, void *const *b, void *scratch,
                 int64_t threads) {
+#if SS_AMX
+    if (ss_use_tiles < 0) ss_use_tiles = ss_tile_allowed();
+#endif
     const int most = (int)ss_least(omp_get_max_threads(), threads);
-    if (most == 1) {
-        part(s, b, scratch, 0, 1);
-        return;
-    }
-#pragma omp parallel num_threads(most)
-    part(s, b, scratch, omp_get_thread_num(), omp_get_num_threads());
+#pragma omp parallel num_threads(most) if (most > 1)
+    run_thread(part, s, b, scratch);
 }
 
 void ss_attention_forward(const ss_attention *s, void *const *b, void *scratch, int64_t threads) {

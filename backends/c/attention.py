@@ -186,7 +186,7 @@ def _scratch_bytes(case: Case) -> int:
         queries, block = _constant("SS_BACKWARD_QUERIES"), _constant("SS_BACKWARD_KEYS")
         square = queries * block
         counts = [rows * width] * 5 + [queries * width] * 5 + [queries] * 2
-        counts += [max(square, panel * width), square, square // 2, square // 2]
+        counts += [max(square, panel * width), square] + [square // 2] * 3
     return sum(_up(n * size, 64) for n in counts)
 
 

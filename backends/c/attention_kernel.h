@@ -76,10 +76,58 @@ static __attribute__((noinline)) void NAME(column_2)(
     NAME(column)(2, n, m, k, a, ra, ca, b, rb, c, rc, add, clip);
 }
 
+#if KU == 2 && SS_AMX
+/* The same by tile registers, 32 x 32 at a time; in whole tiles, so that m is rounded up to 16. */
+static void NAME(tiles)(
+    int64_t m, int64_t n, int64_t k, const UNIT *a, int64_t ra, const UNIT *b, int64_t rb,
+    int64_t pb, REAL *c, int64_t rc, int add, ss_clip clip) {
+    for (int64_t j = 0; j < n; j += 32)
+        for (int64_t i = 0; i < m; i += 32) {
+            const int wide = n - j > 16, tall = m - i > 16;
+            const int64_t rows = tall ? 32 : 16;
+            if (j > i + rows - 1 + clip.columns) continue;
+            const int64_t from = ss_most(0, i + clip.begin) / 32 * 16;
+            const int64_t to = ss_least(k, ss_up(ss_most(0, i + rows + clip.end), 32) / 2);
+            const UNIT *x = a + i * ra, *y = b + j / SS_PANEL * pb;
+            REAL *z = c + i * rc + j, *low = z + 16 * rc;
+            ss_tile_zero(0);
+            ss_tile_zero(1);
+            ss_tile_zero(2);
+            ss_tile_zero(3);
+            if (add) {
+                ss_tile_load(0, z, 4 * rc);
+                if (wide) ss_tile_load(1, z + 16, 4 * rc);
+                if (tall) ss_tile_load(2, low, 4 * rc);
+                if (tall && wide) ss_tile_load(3, low + 16, 4 * rc);
+            }
+            for (int64_t u = from; u < to; u += 16) {
+                ss_tile_load(4, x + u, 4 * ra);
+                if (tall) ss_tile_load(5, x + 16 * ra + u, 4 * ra);
+                ss_tile_load(6, y + u * rb, 4 * rb);
+                if (wide) ss_tile_load(7, y + u * rb + 16, 4 * rb);
+                ss_tile_multiply(0, 4, 6);
+                if (wide) ss_tile_multiply(1, 4, 7);
+                if (tall) ss_tile_multiply(2, 5, 6);
+                if (tall && wide) ss_tile_multiply(3, 5, 7);
+            }
+            ss_tile_store(0, z, 4 * rc);
+            if (wide) ss_tile_store(1, z + 16, 4 * rc);
+            if (tall) ss_tile_store(2, low, 4 * rc);
+            if (tall && wide) ss_tile_store(3, low + 16, 4 * rc);
+        }
+}
+#endif
+
 /* c[m][n] (+)= a[m][k] b[k][n]; k counts units; column j of b is at (j / 32) pb + j % 32. */
 static void NAME(product)(
     int64_t m, int64_t n, int64_t k, const UNIT *a, int64_t ra, int64_t ca, const UNIT *b,
     int64_t rb, int64_t pb, REAL *c, int64_t rc, int add, ss_clip clip) {
+#if KU == 2 && SS_AMX
+    if (ss_use_tiles && ca == 1 && k % 16 == 0) {
+        NAME(tiles)(m, n, k, a, ra, b, rb, pb, c, rc, add, clip);
+        return;
+    }
+#endif
     for (int64_t j = 0; j < n;) {
         const UNIT *column = b + j / SS_PANEL * pb + j % SS_PANEL;
         if (n - j >= 2 * LANES) {
@@ -342,6 +390,7 @@ typedef struct {
     UNIT *q, *grad;         /* a block of queries and of gradients of the output */
     UNIT *q_rows, *grad_rows;
     UNIT *weights_t, *grads, *grads_t; /* of one block of scores; _t: summed over queries */
+    UNIT *turned;           /* one of the latter with its rows and columns exchanged */
     REAL *scores, *grad_scores, *dq, *dk, *dv, *lse, *delta;
 } NAME(backward_scratch);
 
@@ -393,12 +442,31 @@ SS_INLINE void NAME(join)(const REAL *row, int64_t ld, int64_t width, UNIT *pair
 #endif
 }
 
+/* c[n][width] += p^T rows, for p of m queries in pairs. Tile registers want rows of p^T in memory. */
+static void NAME(gather)(
+    NAME(backward_scratch) *w, int64_t n, int64_t m, int64_t width, const UNIT *p,
+    const UNIT *rows, REAL *c, ss_clip clip) {
+    const int64_t ld = SS_BACKWARD_KEYS, units = m / KU;
+#if KU == 2 && SS_AMX
+    if (ss_use_tiles) {
+        for (int64_t u = 0; u < units; u += 16)
+            for (int64_t i = 0; i < n; i += 16)
+                ss_vturn(p + u * ld + i, ld, w->turned + i * units + u, units);
+        NAME(product)(n, width, units, w->turned, units, 1, rows, width, SS_PANEL, c, width, 1,
+                      clip);
+        return;
+    }
+#endif
+    NAME(product)(n, width, units, p, 1, ld, rows, width, SS_PANEL, c, width, 1, clip);
+}
+
 /* Queries t0.. of one head: dq is written, dk and dv are added to. */
 static void NAME(backward_block)(
     const ss_attention *s, void *const *b, NAME(backward_scratch) *w, int64_t batch, int64_t head,
     int64_t t0) {
     const int has_mask = s->mask_kind >= 0;
-    const int64_t n = ss_least(SS_BACKWARD_QUERIES, s->queries - t0), m = ss_up(n, 4);
+    const int64_t n = ss_least(SS_BACKWARD_QUERIES, s->queries - t0);
+    const int64_t m = ss_up(n, KU == 2 && ss_use_tiles ? 32 : 4);
     const int64_t width = ss_up(s->depth, 16), units = width / KU, ld = SS_BACKWARD_KEYS;
     const int64_t end = s->causal ? ss_least(s->keys, t0 + n) : s->keys;
     const REAL c = has_mask ? 1 : (REAL)(s->scale * SS_LOG2E);
@@ -447,10 +515,8 @@ static void NAME(backward_block)(
         }
         const int64_t rows = ss_up(some, 4);
         const ss_clip lower = {INT64_MAX / 4, INT64_MAX / 4, -ahead};
-        NAME(product)(rows, width, m / KU, w->weights_t, 1, ld, w->grad_rows, width, SS_PANEL,
-                      w->dv + k0 * width, width, 1, lower);
-        NAME(product)(rows, width, m / KU, w->grads_t, 1, ld, w->q_rows, width, SS_PANEL,
-                      w->dk + k0 * width, width, 1, lower);
+        NAME(gather)(w, rows, m, width, w->weights_t, w->grad_rows, w->dv + k0 * width, lower);
+        NAME(gather)(w, rows, m, width, w->grads_t, w->q_rows, w->dk + k0 * width, lower);
         NAME(product)(m, width, wide / KU, w->grads, ld, 1, w->key_rows + k0 * units, width,
                       SS_PANEL, w->dq, width, 1, (ss_clip){INT64_MAX / 4, ahead, -INT64_MAX / 4});
     }
@@ -521,6 +587,7 @@ static void NAME(backward)(
         w.grad_rows = ss_take(&at, block);
         w.weights_t = ss_take(&at, square / 2);
         w.grads_t = ss_take(&at, square / 2);
+        w.turned = ss_take(&at, square / 2);
     }
     const int64_t heads = s->batch * s->kv_heads;
     for (int64_t h = ss_share(heads, thread, threads); h < ss_share(heads, thread + 1, threads); h++)

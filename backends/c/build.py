@@ -24,7 +24,7 @@ FLAGS = (
 # What `$SHOESTRING_ISA` may name: levels that every compiler knows, and the machine's own.
 ISAS = {
     "native": ("-march=native",), "avx512": ("-march=x86-64-v4",), "avx2": ("-march=x86-64-v3",),
-    "generic": (),
+    "generic": (), "emulated-amx": ("-march=native", "-DSS_EMULATE_AMX"),
 }  # fmt: skip
 HERE = Path(__file__).parent
 HEADERS = ("prelude.h", "vector.h", "gemm.h", "amx.h", "attention.h", "attention_kernel.h", "run.h")

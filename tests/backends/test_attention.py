@@ -37,6 +37,7 @@ TOLERANCE = {
     torch.float32: 5e-6, torch.float64: 1e-13, torch.bfloat16: 2e-2, torch.float16: 3e-3,
 }  # fmt: skip
 BOTH = (False, True)
+TILED = (1, 2, 2, 80, 96, 96)
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 
 
@@ -143,20 +144,23 @@ def test_masks(dtype: torch.dtype) -> None:
     check(*cases)
 
 
+WIDE = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+NEEDS = {
+    "generic": set[str](), "avx2": {"avx2", "fma"}, "avx512": WIDE,
+    "emulated-amx": WIDE | {"avx512_bf16"},
+}  # fmt: skip
+
+
 # Where the machine is wider, its narrower paths are the same C for fewer lanes; bf16 without
 # products of pairs is computed in f32.
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic", "emulated-amx"])
 def test_narrower_instruction_sets(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if isa not in ("generic", *(x for x in ("avx512", "avx2") if has_flags(x))):
+    if not NEEDS[isa] <= set(cpu_identity().split()):
         pytest.skip(f"this machine has no {isa}")
     monkeypatch.setenv("SHOESTRING_ISA", isa)
     cases = [Case(sizes, dtype, causal=c) for sizes in SIZES for dtype in TOLERANCE for c in BOTH]
+    cases += [Case(TILED, torch.bfloat16, causal=c) for c in BOTH]
     check(*cases, *(Case(SIZES[3], dtype, (130, 257)) for dtype in TOLERANCE))
-
-
-def has_flags(isa: str) -> bool:
-    wanted = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}}
-    return wanted[isa] <= set(cpu_identity().split())
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
