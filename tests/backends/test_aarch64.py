@@ -47,6 +47,28 @@ func @layer {{
 }}
 """
 
+FLASH = "aten._scaled_dot_product_flash_attention_for_cpu"
+ATTENTION = f"""
+func @attention {{{{
+  batch %a: {{t}}[1,21,2,20] "q"
+  batch %b: {{t}}[1,35,2,20] "k"
+  batch %c: {{t}}[1,35,2,20] "v"
+  batch %d: {{t}}[1,21,2,20] "grad"
+  %q: {{t}}[1,2,21,20] = aten.permute.default(%a) {{{{dims=[0,2,1,3]}}}}
+  %k: {{t}}[1,2,35,20] = aten.permute.default(%b) {{{{dims=[0,2,1,3]}}}}
+  %v: {{t}}[1,2,35,20] = aten.permute.default(%c) {{{{dims=[0,2,1,3]}}}}
+  %g: {{t}}[1,2,21,20] = aten.permute.default(%d) {{{{dims=[0,2,1,3]}}}}
+  %o: {{t}}[1,2,21,20], %l: f32[1,2,21] = {FLASH}.default(%q, %k, %v, _)
+  %dq: {{t}}[1,2,21,20], %dk: {{t}}[1,2,35,20], %dv: {{t}}[1,2,35,20] = \
+{FLASH}_backward.default(%g, %q, %k, %v, %o, %l, _) {{{{dropout_p=0.0, is_causal=false}}}}
+  %ot: {{t}}[1,21,2,20] = aten.permute.default(%o) {{{{dims=[0,2,1,3]}}}}
+  %qt: {{t}}[1,21,2,20] = aten.permute.default(%dq) {{{{dims=[0,2,1,3]}}}}
+  %kt: {{t}}[1,35,2,20] = aten.permute.default(%dk) {{{{dims=[0,2,1,3]}}}}
+  %vt: {{t}}[1,35,2,20] = aten.permute.default(%dv) {{{{dims=[0,2,1,3]}}}}
+  return out=%ot, dq=%qt, dk=%kt, dv=%vt
+}}}}
+"""
+
 
 def address(lowered: Lowered, r: Region) -> str:
     """Where a region is, as C."""
@@ -94,9 +116,10 @@ def raw(t: torch.Tensor) -> bytes:
     return bytes(t.contiguous().view(torch.uint8).flatten().tolist())
 
 
+@pytest.mark.parametrize("text", [FUNCTION, ATTENTION], ids=["layer", "attention"])
 @pytest.mark.parametrize(("name", "limit"), [("f32", 1e-4), ("bf16", 3e-2)])
-def test_a_layer(name: str, limit: float, tmp_path: Path) -> None:
-    function = parse(FUNCTION.format(t=name))
+def test_a_function(text: str, name: str, limit: float, tmp_path: Path) -> None:
+    function = parse(text.format(t=name))
     dtype = function.params[0].value.type.dtype
     given = [torch.randn(p.value.type.static_shape).to(dtype) for p in function.params]
     data = bytearray(emulated(lower(function), given, tmp_path))
