@@ -1,7 +1,8 @@
 """How much memory an order of ops needs: the model that scheduling passes minimize.
 
 * Parameters live outside the step and cost the same in any order: they count nothing.
-* A view shares the storage of its operand and keeps it alive.
+* A view shares the storage of its operand and keeps it alive. So does a half that is widened: each
+  reader widens what it loads.
 * A next value takes its parameter's storage where the old value is not read afterwards; else it
   needs storage of its own up to the end.
 * Any other value is alive from the op that makes it to the last op that reads it, both included.
@@ -13,7 +14,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from shoestring.ir import Function, Kind, Op, TensorType, Value
+
+HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,9 @@ def size_of(type_: TensorType) -> int:
 
 
 def is_view(op: Op) -> bool:
-    """Whether the result is a rearrangement of its operand's own bytes."""
+    """Whether the result is made of its operand's own bytes when it is read."""
+    if op.name == "aten._to_copy.default":
+        return op.result.type.dtype is torch.float32 and op.inputs[0].type.dtype in HALVES
     return op.opdef.kind is Kind.VIEW and len(op.inputs) == 1 and len(op.results) == 1
 
 

@@ -8,12 +8,13 @@ A package offers passes through the entry point group `shoestring.passes`:
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import fields
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from shoestring.ir.errors import PassError
+from shoestring.ir.errors import PassError, UsageError
 
 from .base import Pass, name_of
 from .canonicalize import Canonicalize
@@ -23,6 +24,7 @@ from .dead_code import DeadCode
 from .decompose import Decompose
 from .fold_constants import FoldConstants
 from .fuse_update import FuseUpdate
+from .lower_precision import LowerPrecision
 from .order_memory import OrderMemory
 from .pipeline import unknown_pass
 from .rematerialize import Rematerialize
@@ -38,19 +40,28 @@ BUILTIN: tuple[type[Pass], ...] = (
     DeadCode,
     ChunkLoss,
     Decompose,
+    LowerPrecision,
     Rematerialize,
     FuseUpdate,
     OrderMemory,
 )
 
 
-def default_pipeline(keep: frozenset[str] | None = None) -> list[Pass]:
-    """The passes that `compile` runs unless told otherwise: none of them is lossy.
+PRECISIONS: dict[str, tuple[Pass, ...]] = {"fp32": (), "bf16": (LowerPrecision("bf16"),)}
+
+
+def default_pipeline(keep: frozenset[str] | None = None, precision: str = "fp32") -> list[Pass]:
+    """The passes that `compile` runs unless told otherwise: only other precisions are lossy.
 
     Args:
         keep: names of larger ops that the backend takes whole; all others are decomposed into
             core ops. None leaves every op as it was captured.
+        precision: one of `PRECISIONS`.
+
+    Raises:
+        UsageError: SS7013 for another precision.
     """
+    lossy = _passes_of(precision)
     simplify: list[Pass] = [
         Canonicalize(),
         FoldConstants(),
@@ -60,7 +71,17 @@ def default_pipeline(keep: frozenset[str] | None = None) -> list[Pass]:
     ]
     lower: list[Pass] = [] if keep is None else [Decompose(keep)]
     # Rematerialized values must not meet common_subexpressions, nor schedules a new op.
-    return [*lower, *simplify, ChunkLoss(), Rematerialize(), FuseUpdate(), OrderMemory()]
+    schedule: list[Pass] = [Rematerialize(), FuseUpdate(), OrderMemory()]
+    return [*lower, *simplify, ChunkLoss(), *lossy, *schedule]
+
+
+def _passes_of(precision: str) -> tuple[Pass, ...]:
+    if precision not in PRECISIONS:
+        near = difflib.get_close_matches(str(precision), PRECISIONS, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(PRECISIONS)}"
+        what = f"the name of a precision is required, found {precision!r}"
+        raise UsageError("SS7013", what, hint=hint)
+    return PRECISIONS[precision]
 
 
 def available() -> dict[str, type[Pass]]:

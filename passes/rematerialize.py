@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from shoestring.ir import Function, Kind, Loc, Op, Phase, Value
+from shoestring.ir import Function, Kind, Loc, Op, Phase, Role, Value
 
 from .base import Numerics, Pass, PassReport
 from .editing import Names
@@ -22,8 +22,9 @@ class Rematerialize(Pass):
 
     Of an activation function written in eight pointwise ops only the input stays alive between
     forward and backward. The duplicates are of phase `recompute`: they do not merge with their
-    originals again. Random draws, contractions and reductions are never duplicated. Keeping an
-    input that nobody else keeps is worth it where it is smaller than what it replaces.
+    originals again. Random draws, contractions, reductions and roundings of weights are never
+    duplicated. Keeping an input that nobody else keeps is worth it where it is smaller than what
+    it replaces.
 
     Attributes:
         max_chain: the most ops that are duplicated for one value.
@@ -99,6 +100,7 @@ class _Plan:
         self.saved = _saved(function)
         self.report.matched = len(self.saved)
         self.available = {p.value for p in function.params}
+        self.available |= _rounded_parameters(function)
         self.available.update(self.roots[v] for v in _kept_anyway(function, self.saved))
 
     def choose(self) -> set[Value]:
@@ -169,6 +171,13 @@ class _Plan:
 def is_cheap(op: Op) -> bool:
     """Whether an op of the forward pass may run twice."""
     return op.opdef.kind in CHEAP and op.opdef.pure and op.loc.phase is Phase.FORWARD
+
+
+def _rounded_parameters(function: Function) -> set[Value]:
+    """Weights in a lower precision: rounding all of them a second time costs more than keeping."""
+    own = {p.value for p in function.params if p.role is Role.PARAMETER}
+    casts = (op for op in function.ops if op.name == "aten._to_copy.default")
+    return {op.result for op in casts if op.inputs[0] in own}
 
 
 def _saved(function: Function) -> list[Value]:

@@ -361,13 +361,13 @@ class KernelWriter:
         access = self._access(placed, ref)
         if not access.strides:
             return self._scalar(ref, access.offset)
-        return load(self._element(ref.base, access), ref.dtype)
+        return load(self._element(ref.base, access), ref.base.dtype)
 
     def _scalar(self, ref: Ref, offset: int) -> str:
         """One element that every iteration reads: loaded once, before the loops."""
         pointer, left = self._pointer(ref.base, offset)
-        name = f"{pointer}_{left}"
-        line = f"const {REGISTER[ref.dtype]} {name} = {load(f'{pointer}[{left}]', ref.dtype)};"
+        name, dtype = f"{pointer}_{left}", ref.base.dtype
+        line = f"const {REGISTER[dtype]} {name} = {load(f'{pointer}[{left}]', dtype)};"
         if line not in self.scalars:
             self.scalars.append(line)
         return name

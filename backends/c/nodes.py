@@ -1,7 +1,8 @@
 """From ops to nodes: views become layouts, constants are computed, what is left is work.
 
 Base = a tensor with row-major storage: a parameter, a constant, or a node's result
-Ref  = base, layout: a view of a base; needs no code
+Ref  = base, layout, dtype: a view of a base; needs no code. A half that is widened to f32 is such a
+       view too: generated code widens what it loads anyway
 Node = one piece of work: pointwise, a reduction, or a call of a PyTorch kernel
 """
 
@@ -18,7 +19,7 @@ import torch
 from shoestring.ir import Function, Kind, Loc, Number, Op, Value, lookup, operand_values, run_op
 
 from .claims import Orders, result_orders
-from .expressions import has_expression, scalar_fill
+from .expressions import HALVES, has_expression, scalar_fill
 from .layout import VIEWS, Layout, permute, reshape, row_major, split_parts
 from .products import has_bias, is_product
 from .reductions import has_reduction, reduced_dims
@@ -47,10 +48,11 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A view of a base."""
+    """A view of a base, widened where `wide` is another type than the base's."""
 
     base: Base
     layout: Layout
+    wide: torch.dtype | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,7 +60,8 @@ class Ref:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.base.dtype
+        """The type of the elements that a reader sees."""
+        return self.wide or self.base.dtype
 
 
 NodeOperand = Ref | Number | None | tuple[Ref | None, ...]
@@ -165,7 +168,7 @@ class WorkList:
     # -- one op --------------------------------------------------------------------------------
 
     def visit(self, op: Op) -> None:
-        if self.view(op) or self.fold(op):
+        if self.view(op) or self.fold(op) or self.widen(op):
             return
         if is_product(op):
             self.product(op)
@@ -176,6 +179,8 @@ class WorkList:
         operands = () if filled else tuple(self.bind(o) for o in op.operands)
         if work is Work.REDUCTION and self.trivial(op):
             return
+        if work is Work.LIBRARY:
+            operands = tuple(self.materialized(o, op) for o in operands)
         orders = result_orders(op, operands) if work is Work.LIBRARY else None
         if orders is not None:
             self.add_ordered(op, operands, orders)
@@ -210,13 +215,14 @@ class WorkList:
             rule = VIEWS[op.name]
             layout = rule(op, source.layout)
             if layout is None:
-                source = self.contiguous(source, op)
+                copy = self.contiguous(Ref(source.base, source.layout), op)
+                source = Ref(copy.base, copy.layout, source.wide)
                 layout = rule(op, source.layout)
             if layout is None:
                 return False
             parts = [layout]
         for r, layout in zip(op.results, parts, strict=True):
-            self.refs[r] = Ref(source.base, layout)
+            self.refs[r] = Ref(source.base, layout, source.wide)
         self.learn(op)
         return True
 
@@ -229,13 +235,33 @@ class WorkList:
             made = self.base(torch.float32, r.type.static_shape, label)
         else:
             made = self.base(r.type.dtype, r.type.static_shape, describe(r, op), value=r)
-        self.add(Work.PRODUCT, op.name, op, operands[biased:], [made])
+        matrices = tuple(self.materialized(o, op) for o in operands[biased:])
+        self.add(Work.PRODUCT, op.name, op, matrices, [made])
         whole = Ref(made, row_major(made.shape))
         if biased:
             out = self.base(r.type.dtype, made.shape, describe(r, op), value=r)
             self.add(Work.POINTWISE, "aten.add.Tensor", op, (whole, operands[0]), [out], {})
             whole = Ref(out, row_major(out.shape))
         self.refs[r] = whole
+
+    def widen(self, op: Op) -> bool:
+        """A half as f32, without code; False for other ops."""
+        if op.name != "aten._to_copy.default" or op.result.type.dtype is not torch.float32:
+            return False
+        source = self.refs[op.inputs[0]]
+        if source.dtype not in HALVES or source.layout.numel == 0:
+            return False
+        self.refs[op.result] = Ref(source.base, source.layout, torch.float32)
+        return True
+
+    def materialized(self, operand: NodeOperand, op: Op) -> NodeOperand:
+        """An operand that a library reads: widened in memory, for this reader alone."""
+        if isinstance(operand, tuple):
+            return tuple(None if r is None else self.in_memory(r, op) for r in operand)
+        return self.in_memory(operand, op) if isinstance(operand, Ref) else operand
+
+    def in_memory(self, ref: Ref, op: Op) -> Ref:
+        return ref if ref.wide is None else self.contiguous(ref, op)
 
     def trivial(self, op: Op) -> bool:
         """A reduction over dimensions of size one is a conversion."""
@@ -248,14 +274,21 @@ class WorkList:
         return True
 
     def settle(self) -> None:
-        """Gives each next value a base of its own, in row-major order, made by a node."""
+        """Gives each next value a base of its own, in row-major order, made by a node.
+
+        Outputs need one only where they are widened.
+        """
         taken: set[Base] = set()
+        for o in self.function.outputs:
+            op = Op(lookup("aten.clone.default"), (o.value,), {}, (), Loc())
+            self.refs[o.value] = self.in_memory(self.refs[o.value], op)
         for p in self.function.params:
             if p.next is None or p.next is p.value:
                 continue
             ref = self.refs[p.next]
             if (
                 ref.base.node is None
+                or ref.wide is not None
                 or ref.base in taken
                 or ref.layout != row_major(ref.base.shape)
             ):

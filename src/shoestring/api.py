@@ -23,6 +23,7 @@ def compile(
     example_batch: Sequence[Any],
     *,
     backend: str = ...,
+    precision: str = ...,
     passes: Sequence[Pass] | None = ...,
     disable_passes: Sequence[str] = ...,
     verify: bool = ...,
@@ -39,6 +40,7 @@ def compile(
     *,
     example_inputs: Sequence[Any],
     backend: str = ...,
+    precision: str = ...,
     passes: Sequence[Pass] | None = ...,
     disable_passes: Sequence[str] = ...,
     verify: bool = ...,
@@ -54,6 +56,7 @@ def compile(
     *,
     example_inputs: Sequence[Any] | None = None,
     backend: str = "c",
+    precision: str = "fp32",
     passes: Sequence[Pass] | None = None,
     disable_passes: Sequence[str] = (),
     verify: bool = False,
@@ -74,6 +77,8 @@ def compile(
         example_batch: a tuple of arguments for `loss_fn`; the values do not matter.
         example_inputs: a tuple of arguments for `model`, for a forward pass without gradients.
         backend: `c` (host CPU), `reference` (the interpreter), or a registered one.
+        precision: `fp32`; or `bf16`, which rounds operands and results of products to bf16 and
+            keeps all else in f32, as the pass `lower_precision` says.
         passes: the passes to run; None for the default pipeline.
         disable_passes: names of passes to leave out.
         verify: compare the program numerically after each pass.
@@ -84,7 +89,7 @@ def compile(
 
     Raises:
         CaptureError: SS1xxx, with the user's file and line.
-        UsageError: SS7011 where the arguments do not fit together.
+        UsageError: SS7011 where the arguments do not fit together, SS7013 for another precision.
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -94,7 +99,14 @@ def compile(
         >>> step = shoestring.compile(model, loss_fn, optimizer, (x, y))
         >>> loss = step(x, y)
     """
-    chosen = default_pipeline() if passes is None else passes
+    by_default = default_pipeline(precision=precision)
+    if passes is not None and precision != "fp32":
+        raise UsageError(
+            "SS7011",
+            f"precision={precision!r} chooses passes, and so does passes=",
+            hint="put make_pass('lower_precision') into passes",
+        )
+    chosen = by_default if passes is None else passes
     pipeline = Pipeline(chosen, disable_passes)
     options = CompileOptions(backend, pipeline, verify)
     if example_inputs is not None:
