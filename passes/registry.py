@@ -61,7 +61,7 @@ def default_pipeline(keep: frozenset[str] | None = None, precision: str = "fp32"
     Raises:
         UsageError: SS7013 for another precision.
     """
-    lossy = _passes_of(precision)
+    check_precision(precision)
     simplify: list[Pass] = [
         Canonicalize(),
         FoldConstants(),
@@ -72,16 +72,20 @@ def default_pipeline(keep: frozenset[str] | None = None, precision: str = "fp32"
     lower: list[Pass] = [] if keep is None else [Decompose(keep)]
     # Rematerialized values must not meet common_subexpressions, nor schedules a new op.
     schedule: list[Pass] = [Rematerialize(), FuseUpdate(), OrderMemory()]
-    return [*lower, *simplify, ChunkLoss(), *lossy, *schedule]
+    return [*lower, *simplify, ChunkLoss(), *PRECISIONS[precision], *schedule]
 
 
-def _passes_of(precision: str) -> tuple[Pass, ...]:
+def check_precision(precision: str) -> None:
+    """Refuses the name of a precision that there is not.
+
+    Raises:
+        UsageError: SS7013, with the nearest name.
+    """
     if precision not in PRECISIONS:
         near = difflib.get_close_matches(str(precision), PRECISIONS, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(PRECISIONS)}"
         what = f"the name of a precision is required, found {precision!r}"
         raise UsageError("SS7013", what, hint=hint)
-    return PRECISIONS[precision]
 
 
 def available() -> dict[str, type[Pass]]:

@@ -10,8 +10,11 @@ import torch
 
 from shoestring.backends.c import CExecutable
 from shoestring.backends.instructions import Instruction
-from shoestring.ir import Loc, Op, Value, interpret
+from shoestring.ir import Function, Loc, Op, Value, interpret
 from shoestring.ir.errors import RuntimeFault
+
+# Largest relative difference by element type: ten roundings.
+HALVES = {torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -93,18 +96,20 @@ def _run(
 
 
 def find_mismatches(
-    executable: CExecutable, arguments: Sequence[torch.Tensor], tolerance: float = 1e-3
+    executable: CExecutable, arguments: Sequence[torch.Tensor], tolerance: float | None = None
 ) -> list[Mismatch]:
     """Runs the step once and compares every value in memory with the interpreter's.
 
     Args:
         executable: what to check.
         arguments: parameters with a next value are overwritten, as by `run`.
-        tolerance: largest difference, relative to the reference's largest element.
+        tolerance: largest difference, relative to the reference's largest element; by default
+            that of `tolerance_of`.
 
     Returns:
         Everything that is off, in order of execution: the first is where it began.
     """
+    allowed = tolerance_of(executable.function) if tolerance is None else tolerance
     wanted = _reference_values(executable, arguments)
     found: list[Mismatch] = []
 
@@ -112,27 +117,37 @@ def find_mismatches(
         executable.call(index)
         for value, region in instruction.results.items():
             error = relative_error(executable.tensor(region), wanted[value])
-            if not error <= tolerance:
+            if not error <= allowed:
                 found.append(Mismatch(str(instruction), value.name, error, instruction.loc))
 
     _run(executable, arguments, step)
     return found
 
 
+def tolerance_of(function: Function) -> float:
+    """1e-3; or what roundings to halves cost, where the function has any.
+
+    A sum in another order may fall on the other side of a rounding, and all that follows with it.
+    """
+    coarse = [e for t, e in HALVES.items() if any(v.type.dtype is t for v in function.values)]
+    return max(coarse, default=1e-3)
+
+
 def check(
-    executable: CExecutable, arguments: Sequence[torch.Tensor], tolerance: float = 1e-3
+    executable: CExecutable, arguments: Sequence[torch.Tensor], tolerance: float | None = None
 ) -> None:
-    """Raises where any instruction's result is off.
+    """Raises where any instruction's result is off, as `find_mismatches` finds it.
 
     Raises:
         RuntimeFault: SS5003 with the first instruction that gave something else.
     """
     found = find_mismatches(executable, arguments, tolerance)
     if found:
+        allowed = tolerance_of(executable.function) if tolerance is None else tolerance
         first = found[0]
         what = (
             f"%{first.value} differs from the reference by {first.error:.3g} of its largest"
-            f" element; {tolerance:g} is allowed. {len(found)} values differ; this one is first"
+            f" element; {allowed:g} is allowed. {len(found)} values differ; this one is first"
         )
         hint = "report this as a bug; the backend 'reference' gives right results meanwhile"
         raise RuntimeFault("SS5003", what, f"{first.loc}\n  {first.instruction}", hint)

@@ -53,9 +53,9 @@ class Side:
     validation: float | None = None
 
     @staticmethod
-    def of_peer(result: PeerResult) -> Side:
+    def of_peer(result: PeerResult, precision: str = "fp32") -> Side:
         return Side(
-            "PyTorch eager",
+            "PyTorch eager" if precision == "fp32" else f"PyTorch eager, {precision} autocast",
             result.losses,
             result.seconds,
             result.baseline,

@@ -56,6 +56,12 @@ def _serve(threads: int, backend: str, options: WorkloadOptions) -> None:
         begin = time.perf_counter()
         seed = options.data.seed
         shoestring.compile(
-            work.model, work.loss_fn, work.optimizer, work.example_batch, backend=backend, seed=seed
+            work.model,
+            work.loss_fn,
+            work.optimizer,
+            work.example_batch,
+            backend=backend,
+            precision=options.model.precision,
+            seed=seed,
         )
         print(json.dumps({"seconds": time.perf_counter() - begin}))

@@ -62,7 +62,13 @@ class Explain:
         source = Source(self.what.model, self.shape, self.data, self.optimizer)
         (model, loss_fn, optimizer, batch), _ = source.make()
         step = shoestring.compile(
-            model, loss_fn, optimizer, batch, backend=self.what.backend, seed=self.data.seed
+            model,
+            loss_fn,
+            optimizer,
+            batch,
+            backend=self.what.backend,
+            precision=self.shape.precision,
+            seed=self.data.seed,
         )
         report = step.report()
         console = Console(highlight=False, soft_wrap=True)

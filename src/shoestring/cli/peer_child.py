@@ -12,15 +12,23 @@ import torch
 from shoestring.runtime.memory import current_rss, measure_peak, release
 
 from .peer import weights_hash
-from .workload import Workload, WorkloadOptions, build, import_transformers, options_from
+from .workload import (
+    ModelOptions,
+    Workload,
+    WorkloadOptions,
+    build,
+    import_transformers,
+    options_from,
+)
 
 
-def eager_step(work: Workload) -> tuple[float, float]:
+def eager_step(work: Workload, model: ModelOptions) -> tuple[float, float]:
     """One step as users write it; its loss and seconds."""
     (tokens,) = next(work.loader)
     begin = time.perf_counter()
     work.optimizer.zero_grad(set_to_none=True)
-    loss = work.loss_fn(work.model, tokens)
+    with model.autocast():
+        loss = work.loss_fn(work.model, tokens)
     loss.backward()
     work.optimizer.step()
     value = float(loss.detach())
@@ -29,11 +37,13 @@ def eager_step(work: Workload) -> tuple[float, float]:
     return value, seconds
 
 
-def _answer(work: Workload, message: dict[str, Any], done: int) -> tuple[dict[str, Any], int]:
+def _answer(
+    work: Workload, model: ModelOptions, message: dict[str, Any], done: int
+) -> tuple[dict[str, Any], int]:
     if "validate" in message:
         return {"validation": work.validation_loss() if work.validation else None}, done
     with measure_peak() as use:
-        steps = [eager_step(work) for _ in range(done, message["until"])]
+        steps = [eager_step(work, model) for _ in range(done, message["until"])]
     losses, seconds = [s[0] for s in steps], [s[1] for s in steps]
     return {"losses": losses, "seconds": seconds, "peak": use.peak}, done + len(steps)
 
@@ -47,7 +57,7 @@ def _serve(threads: int, options: WorkloadOptions) -> None:
         print(json.dumps({"weights": weights_hash(work.model), "baseline": baseline}), flush=True)
         done = 0
         for line in sys.stdin:
-            answer, done = _answer(work, json.loads(line), done)
+            answer, done = _answer(work, options.model, json.loads(line), done)
             print(json.dumps(answer), flush=True)
 
 

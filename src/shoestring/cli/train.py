@@ -139,6 +139,7 @@ class _Session:
             work.optimizer,
             work.example_batch,
             backend=self.command.run_.backend,
+            precision=self.command.model.precision,
             seed=self.command.data.seed,
         )
         self.side.compile_seconds = time.perf_counter() - begin
@@ -203,7 +204,7 @@ class _Session:
         print(f"trained {result.step} steps{saved}")
         other = None
         if peer is not None:
-            other = Side.of_peer(peer.finish())
+            other = Side.of_peer(peer.finish(), self.command.model.precision)
             peer.close()
             times = measure_compile(self.command.workload, self.command.run_.backend)
             self.side.compile_seconds, self.side.compile_warm_seconds = times

@@ -21,6 +21,8 @@ from .program import Source
 from .workload import DataOptions, ModelOptions, OptimizerOptions, Program, positive
 
 FAILED = 1
+TOLERANCE = {"fp32": 2e-4, "bf16": 2e-2}
+ROUNDING = {"fp32": None, "bf16": torch.bfloat16}  # None: of the weights' own type
 SENSITIVITY = 10  # how much more than PyTorch's own rounding differences state may differ
 
 State = dict[str, torch.Tensor]
@@ -37,14 +39,15 @@ class VerifyOptions:
         steps: how many steps are compared.
         tolerance: largest relative difference of losses and of state, by tensor. State may differ
             more where PyTorch's own does when the initial weights move by one rounding: Adam
-            makes full steps of gradients that are mere noise, such as those of key biases.
+            makes full steps of gradients that are mere noise, such as those of key biases. By
+            default 2e-4, and 2e-2 for bf16, where PyTorch runs under autocast.
         passes: also check each pass with the reference interpreter, and find the first wrong one.
     """
 
     model: str | None = None
     backend: str = "c"
     steps: int = 3
-    tolerance: float = 2e-4
+    tolerance: float | None = None
     passes: bool = True
 
     def __post_init__(self) -> None:
@@ -66,33 +69,43 @@ class Verify:
         passes_agree = self._check_passes(source) if self.what.passes else True
         return 0 if self._check_steps(source) and passes_agree else FAILED
 
+    @property
+    def _tolerance(self) -> float:
+        own = self.what.tolerance
+        return TOLERANCE[self.shape.precision] if own is None else own
+
+    def _compile(self, program: Program) -> Any:
+        return _compile(program, self.what.backend, self.data.seed, self.shape.precision)
+
     def _check_passes(self, source: Source) -> bool:
         from shoestring.passes.pipeline import check
         from shoestring.passes.registry import default_pipeline
 
         function, arguments = captured(source)
         try:
-            result = check(function, arguments, default_pipeline(), every=True)
+            passes = default_pipeline(precision=self.shape.precision)
+            result = check(function, arguments, passes, every=True)
         except PassError as error:
             print(f"passes: FAILED\n{error}")
             return False
         for record in result.records:
-            state = "compared" if record.name in result.compared else "not compared (lossy)"
-            print(f"pass {record.name} ({record.numerics.value}): {state}, agrees")
+            compared = record.name in result.compared
+            state = "compared, agrees" if compared else "not compared, changes the numbers"
+            print(f"pass {record.name} ({record.numerics.value}): {state}")
         return True
 
     def _check_steps(self, source: Source) -> bool:
         ours, next_ours = source.make()
         theirs, next_theirs = source.make()
         moved, next_moved = source.make()
-        move_by_one_rounding(moved[0])
-        step = _compile(ours, self.what.backend, self.data.seed)
+        move_by_one_rounding(moved[0], ROUNDING[self.shape.precision])
+        step = self._compile(ours)
         good = True
         for number in range(1, self.what.steps + 1):
-            a, b = _loss(step(*next_ours())), _eager_step(theirs, next_theirs)
-            _eager_step(moved, next_moved)
+            a, b = _loss(step(*next_ours())), _eager_step(theirs, next_theirs, self.shape)
+            _eager_step(moved, next_moved, self.shape)
             text = f"step {number}: loss {a:.6f}, eager {b:.6f}"
-            good &= self._tell(text, _loss_error(a, b), self.what.tolerance)
+            good &= self._tell(text, _loss_error(a, b), self._tolerance)
         good &= self._compare_state(*(p[0].state_dict() for p in (ours, theirs, moved)))
         print("the compiled step agrees with PyTorch" if good else "the compiled step DIFFERS")
         if not good:
@@ -103,7 +116,7 @@ class Verify:
         """Tells the first instructions whose results are not those of the reference."""
         program, next_batch = source.make()
         batch = next_batch()
-        step = _compile(program, self.what.backend, self.data.seed)
+        step = self._compile(program)
         built = step.program(batch)
         if not isinstance(built.executable, CExecutable):
             return
@@ -117,7 +130,7 @@ class Verify:
     def _compare_state(self, ours: State, theirs: State, moved: State) -> bool:
         """Tells of the tensor that is worst in relation to what it may differ."""
         errors, own = differences(ours, theirs), differences(moved, theirs)
-        allowed = {n: max(self.what.tolerance, SENSITIVITY * own[n]) for n in errors}
+        allowed = {n: max(self._tolerance, SENSITIVITY * own[n]) for n in errors}
         worst = max(errors, key=lambda n: errors[n] / (allowed[n] or 1.0), default="")
         if not worst:
             return True
@@ -143,17 +156,22 @@ def captured(source: Source) -> tuple[Any, list[torch.Tensor]]:
     return built.captured.function, [t.detach() for t in arguments]
 
 
-def _compile(program: Program, backend: str, seed: int) -> Any:
+def _compile(program: Program, backend: str, seed: int, precision: str = "fp32") -> Any:
     import shoestring
 
     model, loss_fn, optimizer, batch = program
-    return shoestring.compile(model, loss_fn, optimizer, batch, backend=backend, seed=seed)
+    return shoestring.compile(
+        model, loss_fn, optimizer, batch, backend=backend, precision=precision, seed=seed
+    )
 
 
-def _eager_step(program: Program, next_batch: Callable[[], tuple[Any, ...]]) -> float:
+def _eager_step(
+    program: Program, next_batch: Callable[[], tuple[Any, ...]], shape: ModelOptions
+) -> float:
     model, loss_fn, optimizer, _ = program
     optimizer.zero_grad(set_to_none=True)
-    outcome: Any = loss_fn(model, *next_batch())
+    with shape.autocast():
+        outcome: Any = loss_fn(model, *next_batch())
     loss: Any = outcome[0] if is_tuple(outcome) else outcome
     loss.backward()
     optimizer.step()
@@ -168,14 +186,14 @@ def _loss_error(a: float, b: float) -> float:
     return relative_difference(a, b) if math.isfinite(a) and math.isfinite(b) else math.inf
 
 
-def move_by_one_rounding(model: torch.nn.Module) -> None:
-    """Multiplies each weight by 1 + eps or 1 - eps, at random."""
+def move_by_one_rounding(model: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Multiplies each weight by 1 + eps or 1 - eps, at random; eps is of `dtype` or its own."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             if p.is_floating_point():
                 signs = torch.randint(0, 2, p.shape, generator=generator) * 2 - 1
-                p.mul_(1 + signs.to(p.dtype) * torch.finfo(p.dtype).eps)
+                p.mul_(1 + signs.to(p.dtype) * torch.finfo(dtype or p.dtype).eps)
 
 
 def differences(ours: State, theirs: State) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 
 from shoestring.ir.errors import UsageError
+from shoestring.passes.registry import check_precision
 from shoestring.runtime.data import ResumableLoader, TokenDataset, read_text, split
 from shoestring.runtime.plain import is_tuple
 
@@ -31,12 +32,14 @@ class ModelOptions:
         width: features of the residual stream; a multiple of --heads.
         heads: attention heads of a block.
         dropout: probability, of embeddings, attention and residuals.
+        precision: `fp32`, or `bf16` for the operands and results of products.
     """
 
     layers: int = 6
     width: int = 384
     heads: int = 6
     dropout: float = 0.0
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         positive("layers", self.layers)
@@ -49,6 +52,11 @@ class ModelOptions:
             )
         if not 0 <= self.dropout < 1:
             raise UsageError("SS7005", f"--dropout must lie in [0, 1), found {self.dropout}")
+        check_precision(self.precision)
+
+    def autocast(self) -> torch.autocast:
+        """What plain PyTorch does for that precision, as a context."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16")
 
 
 @dataclass(frozen=True)
