@@ -100,6 +100,8 @@ def find_mismatches(
 ) -> list[Mismatch]:
     """Runs the step once and compares every value in memory with the interpreter's.
 
+    Each is then replaced by the interpreter's: what is off at an instruction is its own doing.
+
     Args:
         executable: what to check.
         arguments: parameters with a next value are overwritten, as by `run`.
@@ -107,7 +109,7 @@ def find_mismatches(
             that of `tolerance_of`.
 
     Returns:
-        Everything that is off, in order of execution: the first is where it began.
+        Everything that is off, in order of execution.
     """
     allowed = tolerance_of(executable.function) if tolerance is None else tolerance
     wanted = _reference_values(executable, arguments)
@@ -116,7 +118,9 @@ def find_mismatches(
     def step(index: int, instruction: Instruction) -> None:
         executable.call(index)
         for value, region in instruction.results.items():
-            error = relative_error(executable.tensor(region), wanted[value])
+            found_here = executable.tensor(region)
+            error = relative_error(found_here, wanted[value])
+            found_here.copy_(wanted[value])
             if not error <= allowed:
                 found.append(Mismatch(str(instruction), value.name, error, instruction.loc))
 
@@ -127,7 +131,7 @@ def find_mismatches(
 def tolerance_of(function: Function) -> float:
     """1e-3; or what roundings to halves cost, where the function has any.
 
-    A sum in another order may fall on the other side of a rounding, and all that follows with it.
+    A sum in another order may fall on the other side of a rounding.
     """
     coarse = [e for t, e in HALVES.items() if any(v.type.dtype is t for v in function.values)]
     return max(coarse, default=1e-3)
