@@ -17,7 +17,7 @@ from .function import (
     operand_values,
     same_structure,
 )
-from .interpreter import interpret, run_op
+from .interpreter import in_row_major_order, interpret, run_op
 from .opdef import Cost, FactorMap, Kind, OpDef
 from .ops import REGISTRY, core_set, lookup
 from .python_dump import print_python
@@ -63,6 +63,7 @@ __all__ = [
     "Tracer",
     "Value",
     "core_set",
+    "in_row_major_order",
     "interpret",
     "lookup",
     "make_op",

@@ -68,7 +68,22 @@ def _last_uses(function: Function) -> dict[int, list[Value]]:
 
 def _bind(operand: Operand, env: Mapping[Value, torch.Tensor], settle: bool) -> Any:
     if isinstance(operand, Value):
-        return env[operand].contiguous() if settle else env[operand]
+        return in_row_major_order(env[operand]) if settle else env[operand]
     if isinstance(operand, tuple):
         return [None if v is None else _bind(v, env, settle) for v in operand]
     return operand
+
+
+def in_row_major_order(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements with the strides of a fresh tensor.
+
+    `contiguous` leaves the stride of a dimension of size one as it is, by which matrix products
+    choose their kernel, and so the order of their sums.
+    """
+    tensor = tensor.contiguous()
+    if 1 not in tensor.shape:
+        return tensor
+    strides = [1]
+    for size in reversed(tensor.shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tensor.as_strided(tensor.shape, strides[::-1])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shoestring.ir import Function, Value, run_op
+from shoestring.ir import Function, Value, in_row_major_order, run_op
 
 # Relative to the largest element of the expected tensor; sums in another order stay well within.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 4e-2}
@@ -48,7 +48,7 @@ def evaluate(function: Function, arguments: Sequence[torch.Tensor]) -> dict[str,
 
 
 def _settle(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.contiguous()
+    tensor = in_row_major_order(tensor)
     return tensor.clone() if tensor.storage_offset() else tensor
 
 

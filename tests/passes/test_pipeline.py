@@ -7,13 +7,14 @@ from typing import ClassVar
 import pytest
 import torch
 
-from shoestring.ir import Function, Op, TensorType, Value, make_op, parse
+from shoestring.ir import Function, Op, TensorType, Value, interpret, make_op, parse
 from shoestring.ir.errors import PassError
 from shoestring.passes import Numerics, Pass, PassReport, Pipeline, check
 from shoestring.passes.canonicalize import Canonicalize
 from shoestring.passes.common_subexpressions import CommonSubexpressions
 from shoestring.passes.dead_code import DeadCode
 from shoestring.passes.pipeline import bisect
+from shoestring.passes.simplify_algebra import SimplifyAlgebra
 
 FUNCTION = parse("""
 func @f {
@@ -164,6 +165,25 @@ def test_zero_sign_and_nan() -> None:
     with pytest.raises(PassError) as error:
         check(f, [x], [Edit(lambda f: replace_last(f, "aten.add.Tensor", 0.0))])
     assert "element 0 was -0.0, is 0.0" in str(error.value)
+
+
+def test_products_do_not_hang_on_strides() -> None:
+    """[4, 1] of strides (1, 4) is contiguous too, but the product would add in another order."""
+    f = parse("""
+func @f {
+  batch %x: f32[1,4] "x"
+  batch %b: f32[1] "b"
+  %t: f32[4,1] = aten.permute.default(%x) {dims=[1, 0]}
+  %y: f32[1,1] = aten.addmm.default(%b, %x, %t)
+  return y=%y
+}
+""")
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        x, b = torch.randn(1, 4, generator=generator), torch.randn(1, generator=generator)
+        check(f, [x, b], [SimplifyAlgebra()])
+        (found,) = interpret(f, [x, b])[0]
+        assert torch.equal(found, torch.addmm(b, x, x.view(4, 1)))
 
 
 def test_lossy_passes_are_not_compared_across() -> None:
