@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from ..function import Op, Value
 from ..opdef import FactorMap, Kind, OpDef
-from .aten import define
+from ..types import TensorType
+from .aten import define, infer_by_running
 from .factors import Dims, broadcast, keep_whole, leading
 
 # Ops by the number of trailing dimensions that they work on; batch and channels are free.
@@ -48,6 +49,12 @@ LOSS_GRADIENTS = """
 binary_cross_entropy_backward.default huber_loss_backward.default mse_loss_backward.default
 smooth_l1_loss_backward.default soft_margin_loss_backward.default
 """.split()
+# Their kernels make the result like `self`; PyTorch's rules for types promote.
+TYPED_BY_INPUT = frozenset(
+    f"aten.{name}.default"
+    for name in """huber_loss soft_margin_loss mse_loss_backward smooth_l1_loss_backward
+    soft_margin_loss_backward""".split()
+)
 NONE, MEAN, SUM = 0, 1, 2  # PyTorch's codes of `reduction`
 
 
@@ -151,8 +158,22 @@ def grid_factors(op: Op) -> FactorMap:
     return FactorMap((full, ("n", *(None,) * (grid.rank - 1))), (full,))
 
 
+def infer_by_input(op: Op) -> tuple[TensorType, ...]:
+    """The shapes of PyTorch's rule with the element type of `self`."""
+    dtype = op.inputs[op.opdef.operand_names.index("self")].type.dtype
+    return tuple(TensorType(dtype, t.shape) for t in infer_by_running(op))
+
+
 def _family(names: list[str], rule: Callable[[Op], FactorMap], kind: Kind) -> list[OpDef]:
-    return [define(f"aten.{n}", kind, factors=rule) for n in names]
+    return [
+        define(
+            name,
+            kind,
+            infer=infer_by_input if name in TYPED_BY_INPUT else infer_by_running,
+            factors=rule,
+        )
+        for name in (f"aten.{n}" for n in names)
+    ]
 
 
 OPS: tuple[OpDef, ...] = (

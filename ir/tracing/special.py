@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..ops import find_overload
+from ..ops.networks import TYPED_BY_INPUT
 from .sparse import coo_tensor, embedding_bag_backward
 
 if TYPE_CHECKING:
@@ -141,7 +143,22 @@ def grouped_mm(
     return x.new_empty((x.shape[0], x.shape[1], y.shape[2]), dtype=dtype)
 
 
+def like_input(name: str) -> Callable[..., torch.Tensor]:
+    """PyTorch's rule with the element type of `self`, as its kernel has it."""
+    overload = find_overload(name)
+    names = [a.name for a in overload._schema.arguments]  # pyright: ignore[reportPrivateUsage]
+    place = names.index("self")
+
+    def fake(*args: Any, **kwargs: Any) -> torch.Tensor:
+        outcome: torch.Tensor = overload(*args, **kwargs)
+        dtype: torch.dtype = args[place].dtype
+        return outcome.to(dtype)
+
+    return fake
+
+
 # Run in place of PyTorch's rule for sizes and types.
 FAKE_RESULTS: dict[str, Callable[..., Any]] = {
     "aten._grouped_mm.default": grouped_mm,
+    **{name: like_input(name) for name in TYPED_BY_INPUT},
 }

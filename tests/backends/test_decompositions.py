@@ -199,6 +199,14 @@ def test_group_norm(shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> 
     )  # fmt: skip
 
 
+def test_group_norm_of_a_transposed_operand() -> None:
+    """PyTorch's kernel refuses one that is not contiguous."""
+    sizes = (3, 4, 1, 2)
+    x, w = randn((4, 3)), randn((4,))
+    check(lambda x, w: aten.native_group_norm(x.t().tanh(), w, w, *sizes, 1e-2), x, w)
+    check(lambda x, w: aten.native_group_norm(x.t(), w, w, *sizes, 1e-2), x, w)
+
+
 # -- the rewriting -------------------------------------------------------------------------------
 
 

@@ -10,7 +10,10 @@ from torch._ops import OpOverload
 
 from shoestring.backends.c.library import way_of
 from shoestring.backends.instructions import Way
-from shoestring.ir import Builder, Role, parse_type
+from shoestring.ir import Builder, Role, interpret, parse_type, type_of
+from shoestring.ir.ops.networks import TYPED_BY_INPUT
+
+from .helpers import compare
 
 CANARY = 7.0
 REDUCTIONS = (0, 1, 2)  # none, mean, sum
@@ -47,3 +50,25 @@ def test_out_variant_stays_in_its_place(name: str, reduction: int) -> None:
     getattr(torch.ops.aten, name).out(given, target, reduction=reduction, out=out)
     assert out.data_ptr() == address and memory.untyped_storage().nbytes() == size
     assert (memory[:4] == CANARY).all() and (memory[4 + count :] == CANARY).all()
+
+
+@pytest.mark.parametrize("name", sorted(TYPED_BY_INPUT))
+@pytest.mark.parametrize("shape", [(3,), ()], ids=str)
+def test_losses_of_mixed_types(name: str, shape: tuple[int, ...]) -> None:
+    """PyTorch's kernels and its rules for types disagree about these; the kernels count."""
+    for x, y in (("f16", "f32"), ("f32", "f64"), ("f64", "f32"), ("bf16", "f16")):
+        b = Builder("loss")
+        types = [x, x, y] if "backward" in name else [x, y]
+        params = [
+            b.param(parse_type(f"{t}{list(shape)}"), Role.BATCH, f"{i}")
+            for i, t in enumerate(types)
+        ]
+        options = {"delta": 0.4} if "huber" in name else {}
+        options |= {"beta": 0.4} if "smooth" in name else {}
+        b.output("loss", b.emit(name, *params, reduction=0, **options))
+        function = b.build()
+        assert function.outputs[0].value.type.dtype is params[0].type.dtype
+        given = [torch.rand(shape).to(p.type.dtype) for p in params]
+        (found,) = interpret(function, given)[0]
+        assert type_of(found) == function.outputs[0].value.type
+        compare(function, given)
