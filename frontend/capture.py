@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from shoestring.ir import Function, Param, Phase, Role, Tracer, type_of
+from shoestring.ir import Function, Param, Phase, Role, Tracer, Value, type_of
 from shoestring.ir.errors import CaptureError, ShoestringError
 from shoestring.ir.tracing.sparse import touched_rows
 from shoestring.ir.tracing.tracer import memory_of
@@ -224,7 +224,8 @@ class _Session:
         self.model = model
         self.attributes = Attributes(model, carried)
         self.names = names
-        self.tracer = Tracer(name, self.names, _user_fake_mode(model))
+        self.without_history: list[torch.Tensor] = []
+        self.tracer = Tracer(name, self._adopt, _user_fake_mode(model))
         self.bindings: dict[str, Binding] = {}
         self.static: dict[tuple[int, str], Any] = {}
         self.accumulated: dict[str, torch.Tensor] = {}
@@ -259,8 +260,24 @@ class _Session:
             raise self.tracer.refusal_of(error) from error
         finally:
             self.attributes.restore()
+            self.drop_histories()
             for p, grad in zip(parameters, saved, strict=True):
                 p.grad = grad
+
+    def _adopt(self, tensor: torch.Tensor) -> tuple[Role, str]:
+        if tensor.grad_fn is None and not tensor._is_view():
+            self.without_history.append(tensor)
+        return self.names(tensor)
+
+    def drop_histories(self) -> None:
+        """Autograd ties what is written in place to the traced step; the user's tensor stays free.
+
+        Tensors that were tied to something before the capture are left alone.
+        """
+        for tensor in self.without_history:
+            if tensor.grad_fn is not None:
+                self.attributes.with_history.append(tensor)
+                tensor.detach_()
 
     def _padded_embeddings(self) -> AbstractContextManager[Any]:
         found = has_padded_embeddings(self.model)
@@ -293,7 +310,7 @@ class _Session:
         for p in self.optimized:
             p.grad = None
         loss.backward()
-        grads = {p: p.grad for p in self.optimized if p.grad is not None}
+        grads = {p: p.grad for p in self.optimized if p.is_leaf and p.grad is not None}
         for p in self.optimized:
             p.grad = None
         groups = enumerate(optimizer.param_groups)
@@ -336,6 +353,7 @@ class _Session:
 
     def captured(self, function: Function, outputs: Any) -> Captured:
         self._refuse_overlaps(function)
+        self._refuse_histories(function)
         bindings: list[Binding] = []
         for p, tensor in zip(function.params, self.tracer.bound, strict=True):
             if p.path in self.bindings:
@@ -362,6 +380,32 @@ class _Session:
                     what = f"{p.path!r} and {q.path!r} share memory, and one of them is written"
                     hint = "use one tensor under both names, or give one of them its own memory"
                     raise CaptureError("SS1018", what, hint=hint)
+
+    def _refuse_histories(self, function: Function) -> None:
+        """In eager mode a gradient would flow through such state into the step before."""
+        tied = {id(t) for t in self.attributes.with_history}
+        pairs = zip(function.params, self.tracer.bound, strict=True)
+        written = [p for p, t in pairs if id(t) in tied and p.next is not None]
+        read = _trained_through(function) if written else set[Value]()
+        for p in written:
+            if p.value in read:
+                what = f"{p.path!r} takes a gradient from one step into the next"
+                where = next((str(op.loc) for op in function.ops if p.next in op.results), "")
+                hint = "write to it under torch.no_grad(), or write a detached value"
+                raise CaptureError("SS1020", what, where, hint)
+
+
+def _trained_through(function: Function) -> set[Value]:
+    """Values from which a gradient of the loss may flow on: the loss hangs on them smoothly."""
+    found = {o.value for o in function.outputs if o.name == "loss"}
+    for op in reversed(function.ops):
+        if found.intersection(op.results):
+            found.update(v for v in op.inputs if _has_gradient(v))
+    return found
+
+
+def _has_gradient(v: Value) -> bool:
+    return v.type.dtype.is_floating_point or v.type.dtype.is_complex
 
 
 def _split_loss(result: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -76,11 +76,18 @@ class Carried:
 
 
 class Attributes:
-    """The attributes of every module, as they were before the user's code ran."""
+    """The attributes of every module, as they were before the user's code ran.
+
+    Attributes:
+        earlier: what an earlier capture left, where this is the second.
+        carried: what this capture leaves.
+        with_history: tensors that were replaced by one through which a gradient flows.
+    """
 
     def __init__(self, model: torch.nn.Module, carried: Carried | None = None) -> None:
         self.earlier = carried
         self.carried = Carried([])
+        self.with_history: list[torch.Tensor] = []
         self._before = [
             (path, module, dict(vars(module)), {name: dict(vars(module)[name]) for name in _TABLES})
             for path, module in model.named_modules()
@@ -105,6 +112,8 @@ class Attributes:
                     what = f"{full} is {type_of(old)} before the step and {type_of(new)} after it"
                     hint = "keep its size and type, or write into it in place"
                     raise CaptureError("SS1017", what, hint=hint)
+                if new.requires_grad:
+                    self.with_history.append(old)
                 with torch.no_grad():
                     old.copy_(new.detach())
 

@@ -465,6 +465,51 @@ def test_state_that_overlaps_is_refused() -> None:
     refused("SS1018", "", model, (X,), loss_fn)
 
 
+class Keeping(Net):
+    """Adds to a buffer with a gradient."""
+
+    def __init__(self, used: str, replaced: bool = False) -> None:
+        super().__init__()
+        self.used, self.replaced = used, replaced
+        self.register_buffer("total", torch.zeros(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.first.bias
+        if self.replaced:
+            self.total = self.total + bias
+        elif self.used == "all":
+            self.total.copy_(bias)
+        else:
+            self.total.add_(bias)  # kept
+        return super().forward(x) + (self.total.sin().sum() if self.used else 0.0)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_state_that_takes_a_gradient_into_the_next_step(replaced: bool) -> None:
+    """Eager PyTorch goes back into the step before, where that saved nothing for its gradient."""
+    refused("SS1020", "" if replaced else "kept", Keeping("sum", replaced))
+
+
+@pytest.mark.parametrize("used", ["", "all"])
+def test_state_written_with_a_gradient_that_no_loss_hangs_on(used: str) -> None:
+    model, eager = Keeping(used), Keeping(used)
+    eager.load_state_dict(model.state_dict())
+    trains_like_eager(model, eager=eager)
+    assert not model.total.requires_grad and model.total.grad_fn is None
+
+
+def test_frozen_parameter_written_with_a_gradient() -> None:
+    model = Keeping("")
+    frozen = nn.Parameter(torch.zeros(6), requires_grad=False)
+    model.total = frozen
+
+    def loss_fn(model: Any, x: Any) -> Any:
+        return mean_square(model, x) + model.total.sum()
+
+    refused("SS1020", "kept", model, (X,), loss_fn)
+    assert frozen.is_leaf and not frozen.requires_grad
+
+
 def test_model_without_data() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
