@@ -106,8 +106,14 @@ def _draft(rng: random.Random, seed: int) -> Program | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _inputs(draft)
-        _body(draft)
-        return _finish(draft, seed)
+        try:
+            _body(draft)
+            return _finish(draft, seed)
+        except RuntimeError as error:
+            # Autograd refuses to say what a view requires, once its base was written elsewhere.
+            if "is a view" in str(error) or "A view was created" in str(error):
+                return None
+            raise
 
 
 def _inputs(draft: _Draft) -> None:

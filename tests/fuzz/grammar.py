@@ -448,6 +448,9 @@ def channel_norm(s: Scope) -> Stmt | None:
         code = code.replace("{2}.abs_().add_(0.1)", "torch.ones_like({2})")
     # A weight that is a running statistic too would be read while the kernel writes it.
     weight = s.pick(lambda p: stats(p) and not getattr(p, "is_fuzz_buffer", False))
+    if weight is not None and not s.values[weight].is_contiguous():
+        # PyTorch's backward kernels for two dimensions read a strided weight as if it had no gaps.
+        code = code.replace("{3}", "{3}.contiguous()")
     return s.new(code, x, mean, var, weight)
 
 

@@ -16,7 +16,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -176,7 +176,7 @@ def build_with(backend: str, passes: Sequence[Pass]) -> Callable[[Function], Exe
 
 
 # Limits that are documented, each with an error of its own: such a program is left out.
-REFUSALS = frozenset({"SS1013", "SS1014"})
+REFUSALS = frozenset({"SS1013", "SS1014", "SS1020"})
 
 
 class _Found(Exception):
@@ -207,9 +207,24 @@ def check_program(program: Program, options: Options | None = None) -> Failure |
         try:
             _Check(program, options).run()
         except _Found as found:
-            refused = found.failure.layer == "capture" and found.failure.code in REFUSALS
-            return None if refused else found.failure
+            return None if _is_refusal(program, found.failure) else found.failure
     return None
+
+
+def _is_refusal(program: Program, failure: Failure) -> bool:
+    """Whether the capture refuses what it says it does, or what eager PyTorch refuses too.
+
+    A batch is captured in row-major order. Eager PyTorch may copy one of another layout before an
+    op saves it for its gradient, and then not mind a write to the original.
+    """
+    if failure.layer != "capture":
+        return False
+    if failure.code != "SS1004":
+        return failure.code in REFUSALS
+    from .generate import is_valid
+
+    inputs = [replace(i, layout="plain") if i.role == "batch" else i for i in program.inputs]
+    return not is_valid(replace(program, inputs=tuple(inputs)))
 
 
 class _Check:

@@ -8,15 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+import shoestring
 from shoestring.backends.base import Executable
 from shoestring.backends.reference import ReferenceBackend
 from shoestring.ir import Function
 
 from .compare import mismatch
 from .generate import generate, is_valid
-from .program import Instance, Program, source
+from .program import Input, Instance, Program, Stmt, source
 from .repro import examine_seed, report
-from .run import Failure, Options, check_program
+from .run import Failure, Options, check_program, spread_of
 from .shrink import shrink
 
 COUNT = 500
@@ -128,3 +129,50 @@ def test_failures_are_told_apart() -> None:
     assert a.same_as(Failure("compiled", "y", "step"))
     assert not a.same_as(Failure("eager", "x", "step")) and not a.same_as(None)
     assert Instance(generate(0)).batch(0)
+
+
+def test_selections_are_not_disturbed() -> None:
+    """The gradient of a maximum looks for it among the elements: a disturbed one is not there."""
+    p = Input("p0", "parameter", "bf16", (5,))
+    program = Program((p,), (Stmt(("v1",), "{0}.amax((0,))", ("p0",)),), ("v1",), steps=1)
+    instance = Instance(program)
+    step = shoestring.compile(
+        instance.model, instance.loss_fn, instance.optimizer, (), backend="reference", passes=()
+    )
+    captured = step.program(()).captured
+    spread = spread_of([(captured, [t.detach() for t in step.bind(captured, ())])])
+    assert float(spread["parameter p0"]) > 0
+
+
+def test_a_draft_that_autograd_refuses_to_describe_is_dropped() -> None:
+    assert all(generate(s).body for s in (1558, 1884))
+
+
+def test_programs_that_only_a_layout_allows() -> None:
+    """Eager saves a copy of a transposed batch; of a row-major one it saves the batch itself."""
+
+    def program(layout: str) -> Program:
+        p = Input("p0", "parameter", "f32", (2,))
+        x = Input("x1", "batch", "f32", (2, 2, 3), layout=layout)
+        norm = Stmt(("v0",), "F.group_norm({0}, 2, {1}, {1})", ("x1", "p0"))
+        write = Stmt((), "{0}.fill_(0.5)", ("x1",))
+        return Program((p, x), (norm, write), ("v0",))
+
+    assert is_valid(program("transposed")) and not is_valid(program("plain"))
+    assert check_program(program("transposed")) is None
+
+
+def test_batch_norm_of_a_strided_weight_is_pytorchs_own_defect() -> None:
+    """Once this fails, PyTorch is mended and the grammar need not make the weight contiguous."""
+
+    def gradient(weight: torch.Tensor) -> torch.Tensor:
+        x = torch.linspace(-1, 1, 15).reshape(3, 5).requires_grad_()
+        mean, var = torch.zeros(5), torch.ones(5)
+        torch.nn.functional.batch_norm(x, mean, var, weight, None).square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    weight = torch.ones(11)
+    weight[::2] = 0.0
+    strided = weight[1::2].detach().requires_grad_()
+    assert not torch.allclose(gradient(strided), gradient(torch.ones(5, requires_grad=True)))
