@@ -189,9 +189,9 @@ class Starter:
 
 def compile_seconds(hello: dict[str, Any]) -> float:
     """Setup and the first two steps, less two ordinary steps: some contenders compile lazily."""
-    seconds = hello["seconds"]
-    usual = statistics.median(seconds[2:])
-    return max(0.0, hello["setup"] + sum(seconds[:2]) - 2 * usual)
+    seconds: list[float] = hello["seconds"]
+    setup: float = hello["setup"]
+    return max(0.0, setup + sum(seconds[:2]) - 2 * statistics.median(seconds[2:]))
 
 
 def take_turns(
@@ -218,5 +218,6 @@ def take_turns(
 
 def steps_of_turn(child: Child, turn_seconds: float) -> int:
     """Steps that fill a turn, by the time of the first steps."""
-    usual = statistics.median(child.hello["seconds"][2:])
+    seconds: list[float] = child.hello["seconds"]
+    usual = statistics.median(seconds[2:])
     return min(200, max(3, round(turn_seconds / max(usual, 1e-6))))

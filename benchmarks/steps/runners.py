@@ -59,7 +59,8 @@ def make_runner(contender: str, precision: str) -> Runner:
     if contender == "jax":
         if importlib.util.find_spec("jax") is None:
             raise Unavailable("jax is not installed")
-        return importlib.import_module("benchmarks.steps.jax_runner").JaxRunner(precision)
+        runner: Runner = importlib.import_module("benchmarks.steps.jax_runner").JaxRunner(precision)
+        return runner
     return TorchRunner(contender, precision)
 
 

@@ -59,15 +59,15 @@ def _cells(result: Result, row: Row) -> list[str]:
     if not row.ok:
         return [f"{name}: {row.problem}".replace("|", "/"), *["-"] * (len(HEADER) - 1)]
     ours = result.row("shoestring", row.precision)
-    itself = ours is None or ours is row
+    peer = None if ours is row else ours
     return [
         name,
         milliseconds(row.step),
-        "-" if itself else f"{row.step / ours.step:.2f}x",
+        "-" if peer is None else f"{row.step / peer.step:.2f}x",
         percent(result.roofline_share(row)),
         mib(row.peak),
         mib(row.growth),
-        "-" if itself else f"{ours.growth / max(row.growth, 1):.2f}x",
+        "-" if peer is None else f"{peer.growth / max(row.growth, 1):.2f}x",
         "-" if row.contender == "eager" else f"{row.cold:.1f}",
         "-" if row.contender == "eager" else f"{row.warm:.1f}",
         f"{row.loss_difference:.0e}",

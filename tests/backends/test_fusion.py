@@ -14,7 +14,7 @@ from shoestring.ir import Builder, Role, TensorType, Value, parse, parse_type
 from .helpers import compare
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-REDUCTIONS = {
+REDUCTIONS: dict[str, dict[str, Any]] = {
     "aten.sum.dim_IntList": {"dtype": None}, "aten.mean.dim": {"dtype": None},
     "aten.amax.default": {}, "aten.amin.default": {},
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ REDUCTIONS = (0, 1, 2)  # none, mean, sum
 def losses() -> Iterator[str]:
     """Every loss of two tensors of one shape that can reduce."""
     for name in sorted(set(dir(torch.ops.aten))):
-        overloads = getattr(getattr(torch.ops.aten, name, None), "overloads", list)()
+        packet = getattr(torch.ops.aten, name, None)
+        overloads: list[str] = getattr(packet, "overloads", list[str])()
         if "out" not in overloads or "default" not in overloads or not name.endswith("_loss"):
             continue
         schema: OpOverload = getattr(torch.ops.aten, name).default
@@ -63,7 +65,7 @@ def test_losses_of_mixed_types(name: str, shape: tuple[int, ...]) -> None:
             b.param(parse_type(f"{t}{list(shape)}"), Role.BATCH, f"{i}")
             for i, t in enumerate(types)
         ]
-        options = {"delta": 0.4} if "huber" in name else {}
+        options: dict[str, Any] = {"delta": 0.4} if "huber" in name else {}
         options |= {"beta": 0.4} if "smooth" in name else {}
         b.output("loss", b.emit(name, *params, reduction=0, **options))
         function = b.build()

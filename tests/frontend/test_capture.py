@@ -468,6 +468,8 @@ def test_state_that_overlaps_is_refused() -> None:
 class Keeping(Net):
     """Adds to a buffer with a gradient."""
 
+    total: torch.Tensor
+
     def __init__(self, used: str, replaced: bool = False) -> None:
         super().__init__()
         self.used, self.replaced = used, replaced

@@ -186,13 +186,14 @@ def test_exits_in_the_thread_do_not_hang() -> None:
 
 
 def test_too_little_data() -> None:
+    items: Any = numbers(3)  # DataLoader is annotated with a class of its own; items will do
     with pytest.raises(UsageError, match=r"\[SS7009\] a batch of 4 items is required"):
         ResumableLoader(numbers(3), 4)
     with pytest.raises(UsageError, match="SS7003"):
         TokenDataset(torch.arange(3), 4)
     with pytest.raises(UsageError, match="SS7009"):
-        next(ResumableLoader(DataLoader(numbers(3), batch_size=None)))
-    empty: DataLoader[Any] = DataLoader(numbers(3), batch_size=4, drop_last=True)
+        next(ResumableLoader(DataLoader(items, batch_size=None)))
+    empty: DataLoader[Any] = DataLoader(items, batch_size=4, drop_last=True)
     with pytest.raises(UsageError, match="has no batch"):
         next(ResumableLoader(empty))
 
