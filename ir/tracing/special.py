@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._prims_common import suggest_memory_format
 
 from ..ops import find_overload
 from ..ops.networks import TYPED_BY_INPUT
@@ -157,8 +158,42 @@ def like_input(name: str) -> Callable[..., torch.Tensor]:
     return fake
 
 
+def like_kernel(name: str, place: int = 0, *, keeps: bool = True) -> Callable[..., Any]:
+    """PyTorch's rule with its first result laid out as by the CPU kernel.
+
+    User code may take a view of it that other strides do not allow.
+
+    Args:
+        name: of the op.
+        place: of the operand that the layout follows.
+        keeps: whether channels that come last stay there.
+    """
+    overload = find_overload(name)
+
+    def fake(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        y, *rest = overload(*args, **kwargs)
+        form = suggest_memory_format(args[place]) if keeps else torch.contiguous_format
+        return (y.contiguous(memory_format=form), *rest)
+
+    return fake
+
+
 # Run in place of PyTorch's rule for sizes and types.
 FAKE_RESULTS: dict[str, Callable[..., Any]] = {
     "aten._grouped_mm.default": grouped_mm,
     **{name: like_input(name) for name in TYPED_BY_INPUT},
+    **{
+        name: like_kernel(name)
+        for name in (
+            "aten._native_batch_norm_legit.no_stats",
+            "aten._native_batch_norm_legit_functional.default",
+            "aten._native_batch_norm_legit_no_training.default",
+        )
+    },
+    "aten.native_batch_norm_backward.default": like_kernel(
+        "aten.native_batch_norm_backward.default", 1
+    ),
+    "aten.log_sigmoid_forward.default": like_kernel(
+        "aten.log_sigmoid_forward.default", keeps=False
+    ),
 }

@@ -512,6 +512,43 @@ def test_frozen_parameter_written_with_a_gradient() -> None:
     assert frozen.is_leaf and not frozen.requires_grad
 
 
+def laid_out(shape: tuple[int, ...], how: str) -> torch.Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    if how == "channels last":
+        return x.contiguous(memory_format=torch.channels_last)
+    order = tuple(reversed(range(x.dim())))
+    return x.permute(order).contiguous().permute(order) if how == "transposed" else x
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("how", ["plain", "transposed", "channels last"])
+def test_layouts_of_results_are_those_of_the_kernels(how: str, training: bool) -> None:
+    """What may be viewed in eager mode may be viewed in the capture."""
+    shape = (4, 2, 3, 2)
+
+    class Normalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(laid_out(shape, how))
+            self.norm = nn.BatchNorm2d(2)
+            self.strides: list[tuple[int, ...]] = []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found = [self.norm(self.weight), F.logsigmoid(self.weight)]
+            self.strides += [y.stride() for y in found]
+            found = [y.view(-1) if y.is_contiguous() else y.flatten() for y in found]
+            return found[0] * found[1] * x.sum()
+
+    model = Normalized().train(training)
+    step = compiled(model, (X,))
+    seen = model.strides[:2]
+    del model.strides[:]
+    with torch.no_grad():
+        model(X)
+    assert model.strides == seen
+    step(X)
+
+
 def test_model_without_data() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
