@@ -9,7 +9,7 @@
  * Source: Dao, "FlashAttention-2", algorithms 1 and 2. */
 #include "attention.h"
 
-#include <omp.h>
+#include "pool.h"
 
 #include "amx.h"
 #include "prelude.h"
@@ -147,11 +147,21 @@ SS_INLINE int64_t ss_block_cost(const ss_attention *s, int64_t t0) {
 
 typedef void (*part_of_thread)(const ss_attention *, void *const *, void *, int, int);
 
-static void run_thread(part_of_thread part, const ss_attention *s, void *const *b, void *scratch) {
+typedef struct {
+    part_of_thread part;
+    const ss_attention *s;
+    void *const *b;
+    void *scratch;
+    int count;
+} Job;
+
+static void take(void *context, int64_t number, int64_t worker) {
+    const Job *job = context;
+    (void)worker;
 #if SS_AMX
     if (ss_use_tiles) ss_tile_start();
 #endif
-    part(s, b, scratch, omp_get_thread_num(), omp_get_num_threads());
+    job->part(job->s, job->b, job->scratch, (int)number, job->count);
 #if SS_AMX
     if (ss_use_tiles) ss_tile_stop();
 #endif
@@ -162,9 +172,8 @@ static void run(part_of_thread part, const ss_attention *s, void *const *b, void
 #if SS_AMX
     if (ss_use_tiles < 0) ss_use_tiles = ss_tile_allowed();
 #endif
-    const int most = (int)ss_least(omp_get_max_threads(), threads);
-#pragma omp parallel num_threads(most) if (most > 1)
-    run_thread(part, s, b, scratch);
+    Job job = {part, s, b, scratch, (int)ss_least(ss_threads(), threads)};
+    ss_parallel(take, &job, job.count);
 }
 
 void ss_attention_forward(const ss_attention *s, void *const *b, void *scratch, int64_t threads) {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import platform
@@ -27,9 +26,18 @@ ISAS = {
     "generic": (), "emulated-amx": ("-march=native", "-DSS_EMULATE_AMX"),
 }  # fmt: skip
 HERE = Path(__file__).parent
-HEADERS = ("prelude.h", "vector.h", "gemm.h", "amx.h", "attention.h", "attention_kernel.h", "run.h")
+HEADERS = (
+    "prelude.h",
+    "vector.h",
+    "gemm.h",
+    "amx.h",
+    "pool.h",
+    "attention.h",
+    "attention_kernel.h",
+    "run.h",
+)
 # Written by hand, compiled once for a machine and linked to every library.
-RUNTIME = ("gemm.c", "attention.c", "run.c")
+RUNTIME = ("gemm.c", "attention.c", "pool.c", "run.c")
 JOBS = max(2, os.cpu_count() or 1)
 
 
@@ -111,13 +119,9 @@ def flags() -> tuple[str, ...]:
         raise BackendError("SS4204", what, "", "unset it to use what this machine has")
     has_wide = isa in ("native", "avx512") and "avx512f" in cpu_identity()
     wide = ("-mprefer-vector-width=512",) if has_wide else ()
-    return (*FLAGS, *ISAS[isa], *wide)
-
-
-@cache
-def links_own_openmp() -> bool:
-    """Whether kernels must bring an OpenMP runtime: only where PyTorch's is not visible."""
-    return not hasattr(ctypes.CDLL(None), "GOMP_parallel")
+    # Without it GCC 12 leaves arrays of functions that call nothing unaligned (GCC bug 109780).
+    own = ("-mno-red-zone",) if platform.machine() in ("x86_64", "AMD64") else ()
+    return (*FLAGS, *ISAS[isa], *wide, *own)
 
 
 def build(sources: Sequence[str]) -> Build:
@@ -172,8 +176,7 @@ def _cached(key: str, product: str, make: Callable[[Path], None]) -> Build:
 
 def _key(compiler: str, texts: Mapping[str, str]) -> str:
     ours = [(HERE / name).read_text() for name in (*HEADERS, *RUNTIME)]
-    parts = [*texts.values(), *ours, *flags(), compiler_version(compiler), cpu_identity(),
-             str(links_own_openmp())]  # fmt: skip
+    parts = [*texts.values(), *ours, *flags(), compiler_version(compiler), cpu_identity()]
     digest = hashlib.sha256()
     for part in parts:
         digest.update(hashlib.sha256(part.encode()).digest())
@@ -202,8 +205,7 @@ def _compile(compiler: str, texts: Mapping[str, str], work: Path) -> None:
 
 
 def _link(compiler: str, objects: Sequence[str], work: Path) -> None:
-    link = [compiler, "-shared", *objects, "-o", "kernels.so", "-lm"]
-    _run([*link, "-lgomp"] if links_own_openmp() else link, work)
+    _run([compiler, "-shared", *objects, "-o", "kernels.so", "-lm", "-pthread"], work)
 
 
 def _compile_one(compiler: str, file: Path, work: Path) -> None:

@@ -16,6 +16,29 @@ class _Call(ctypes.Structure):
     _fields_ = [("kernel", ctypes.c_void_p), ("buffers", ctypes.c_void_p)]
 
 
+class Pool:
+    """The threads of all libraries of this process: those of the library that came first."""
+
+    first: ctypes.CDLL | None = None
+    size = 0
+
+    @classmethod
+    def join(cls, library: ctypes.CDLL) -> None:
+        """Makes a library use the pool."""
+        if cls.first is None:
+            cls.first = library
+            return
+        cls.first.ss_pool_own.restype = ctypes.c_void_p
+        library.ss_pool_adopt(ctypes.c_void_p(cls.first.ss_pool_own()))
+
+    @classmethod
+    def resize(cls, threads: int) -> None:
+        """Sets how many threads work, the caller among them."""
+        if threads != cls.size and cls.first is not None:
+            cls.first.ss_pool_resize(ctypes.c_int64(threads))
+            cls.size = threads
+
+
 class KernelCalls:
     """The table of calls that `ss_run` walks over, in the order of the instructions.
 
@@ -32,6 +55,7 @@ class KernelCalls:
         self._library = library
         if library is None:
             return
+        Pool.join(library)
         library.ss_run.restype = None
         library.ss_run.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         for call, pointers, (_, kernel) in zip(self._table, self._pointers, kernels, strict=True):

@@ -27,7 +27,7 @@ from ..instructions import (
     Space,
     Way,
 )
-from .calls import KernelCalls
+from .calls import KernelCalls, Pool
 from .library import bind_call
 from .lower import KernelInfo
 
@@ -185,6 +185,7 @@ class CExecutable:
 
     def prepare(self, arguments: Sequence[torch.Tensor]) -> None:
         """Binds the arguments; does nothing for those that are where they were."""
+        Pool.resize(torch.get_num_threads())
         if len(arguments) != len(self._keys):
             what = f"@{self.function.name} takes {len(self._keys)} tensors, found {len(arguments)}"
             raise RuntimeFault("SS5001", what)

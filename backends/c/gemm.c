@@ -18,10 +18,8 @@
  */
 #include "gemm.h"
 
-#include <omp.h>
-#include <stdlib.h>
-
 #include "amx.h"
+#include "pool.h"
 #include "vector.h"
 
 enum {
@@ -442,31 +440,50 @@ static Cut cut(const Shape *s, int64_t parts) {
     return c;
 }
 
+typedef struct {
+    Shape s;
+    Cut c;
+    const char *a, *b;
+    void *const *buffers;
+    char *scratch;
+    int64_t each, parts, lanes; /* bytes of scratch of a thread; lanes: 0 where threads take parts */
+} Job;
+
+static void one_part(const Job *job, int64_t p, int64_t slot) {
+    const Cut c = job->c;
+    const ss_gemm *g = job->s.g;
+    const int64_t batch = p / (c.down * c.across);
+    const int64_t i = p / c.across % c.down * c.high, j = p % c.across * c.wide;
+#if SS_AMX
+    if (job->s.amx) ss_tile_start();
+#endif
+    part(&job->s, job->a, job->b, batch, i, least(i + c.high, g->m), j, least(j + c.wide, g->n),
+         job->buffers, (float *)(job->scratch + slot * job->each));
+#if SS_AMX
+    if (job->s.amx) ss_tile_stop();
+#endif
+}
+
+static void take(void *context, int64_t p, int64_t worker) {
+    const Job *job = context;
+    if (!job->lanes) {
+        one_part(job, p, worker);
+        return;
+    }
+    for (int64_t q = p; q < job->parts; q += job->lanes) one_part(job, q, p);
+}
+
 /* Parts are taken as threads become free, a few for each: a thread that loses its core to another
- * process for a while holds up one part, not its share of the product. */
+ * process for a while holds up one part, not its share of the product. Where there are more threads
+ * than the scratch was planned for, each place in the scratch has its own parts. */
 void ss_gemm_run(const ss_gemm *g, const void *a, const void *b, void *const *buffers,
                  void *scratch, int64_t threads) {
-    const Shape s = shape_of(g);
-    const int64_t each = ss_gemm_scratch(g);
+    Job job = {.s = shape_of(g), .a = a, .b = b, .buffers = buffers, .scratch = scratch};
     const double work = (double)g->batch * g->m * g->n * (g->k + 8);
-    const int64_t used = work < ALONE ? 1 : least(threads, omp_get_max_threads());
-    const Cut c = cut(&s, used == 1 ? 1 : work < LARGE ? used : SHARE * used);
-    const int64_t parts = g->batch * c.down * c.across;
-#pragma omp parallel num_threads(used) if (used > 1)
-    {
-#if SS_AMX
-        if (s.amx) ss_tile_start();
-#endif
-        float *mine = (float *)((char *)scratch + omp_get_thread_num() * each);
-#pragma omp for schedule(dynamic)
-        for (int64_t p = 0; p < parts; p++) {
-            const int64_t batch = p / (c.down * c.across);
-            const int64_t i = p / c.across % c.down * c.high, j = p % c.across * c.wide;
-            part(&s, a, b, batch, i, least(i + c.high, g->m), j, least(j + c.wide, g->n), buffers,
-                 mine);
-        }
-#if SS_AMX
-        if (s.amx) ss_tile_stop();
-#endif
-    }
+    const int64_t used = work < ALONE ? 1 : least(threads, ss_threads());
+    job.each = ss_gemm_scratch(g);
+    job.c = cut(&job.s, used == 1 ? 1 : work < LARGE ? used : SHARE * used);
+    job.parts = g->batch * job.c.down * job.c.across;
+    job.lanes = used == 1 ? 1 : ss_threads() > threads ? threads : 0;
+    ss_parallel(take, &job, job.lanes ? job.lanes : job.parts);
 }

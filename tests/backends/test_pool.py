@@ -1,0 +1,121 @@
+"""The threads of generated code: every part once, whoever runs it and whenever it wakes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from shoestring.backends.c import CBackend, CExecutable
+from shoestring.backends.c.build import build
+from shoestring.backends.c.calls import Pool
+from shoestring.ir import parse
+
+SOURCE = """
+#include "pool.h"
+static void count(void *context, int64_t part, int64_t worker) {
+    int64_t *seen = context;
+    __atomic_fetch_add(&seen[part], 1, __ATOMIC_RELAXED);
+}
+void count_parts(int64_t *seen, int64_t parts) { ss_parallel(count, seen, parts); }
+static void nest(void *context, int64_t part, int64_t worker) {
+    ss_parallel(count, (int64_t *)context + 8 * part, 8);
+}
+void count_nested(int64_t *seen) { ss_parallel(nest, seen, 8); }
+void loop(int64_t *seen, int64_t size) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < size; i++) seen[i] += 1;
+}
+"""
+FUNCTION = """
+func @f {
+  batch %x: f32[512,600] "x"
+  %e: f32[512,600] = aten.exp.default(%x)
+  %s: f32[512] = aten.sum.dim_IntList(%e) {dim=[1]}
+  return s=%s
+}
+"""
+
+
+@pytest.fixture
+def library() -> Iterator[ctypes.CDLL]:
+    loaded = ctypes.CDLL(str(build([SOURCE]).path))
+    Pool.join(loaded)
+    Pool.resize(3)
+    yield loaded
+    Pool.resize(torch.get_num_threads())
+
+
+def counted(call: object, size: int, *more: int) -> list[int]:
+    seen = (ctypes.c_int64 * size)()
+    call(seen, *map(ctypes.c_int64, more))  # type: ignore[operator]
+    return list(seen)
+
+
+@pytest.mark.parametrize("parts", [0, 1, 2, 3, 7, 1000])
+def test_every_part_once(library: ctypes.CDLL, parts: int) -> None:
+    for _ in range(200):
+        assert counted(library.count_parts, parts + 1, parts) == [1] * parts + [0]
+
+
+def test_workers_that_sleep_wake(library: ctypes.CDLL) -> None:
+    for _ in range(20):
+        assert counted(library.count_parts, 64, 64) == [1] * 64
+        time.sleep(0.002)
+
+
+def test_work_within_a_part(library: ctypes.CDLL) -> None:
+    for _ in range(100):
+        assert counted(library.count_nested, 64) == [1] * 64
+
+
+@pytest.mark.parametrize("size", [0, 1, 5, 12, 1001])
+def test_parallel_loops(library: ctypes.CDLL, size: int) -> None:
+    for _ in range(50):
+        assert counted(library.loop, size + 1, size) == [1] * size + [0]
+
+
+def test_callers_at_one_time(library: ctypes.CDLL) -> None:
+    wrong: list[list[int]] = []
+
+    def call() -> None:
+        for _ in range(300):
+            seen = counted(library.count_parts, 50, 50)
+            if seen != [1] * 50:
+                wrong.append(seen)
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own(library: ctypes.CDLL) -> None:
+    counted(library.count_parts, 64, 64)
+    child = os.fork()
+    if child == 0:
+        good = all(counted(library.count_parts, 64, 64) == [1] * 64 for _ in range(20))
+        os._exit(0 if good else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_every_number_of_threads_gives_the_same_bits() -> None:
+    executable: CExecutable = CBackend().compile(parse(FUNCTION))
+    given, before = torch.randn(512, 600), torch.get_num_threads()
+    found: list[torch.Tensor] = []
+    try:
+        for threads in (1, 2, 5, 1, 3):
+            torch.set_num_threads(threads)
+            found += executable.run([given])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], f) for f in found)
