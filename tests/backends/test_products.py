@@ -261,10 +261,11 @@ def test_paths_of_other_machines(path: str, tmp_path: Path) -> None:
     """Narrower vectors, and tile registers in software."""
     (tmp_path / "store.c").write_text(STORE)
     command = [find_compiler(), *flags(), *PATHS[path], "-I", str(HERE), "-shared",
-               str(HERE / "gemm.c"), "store.c", "-o", "product.so"]  # fmt: skip
+               str(HERE / "gemm.c"), str(HERE / "pool.c"), "store.c", "-o", "product.so"]  # fmt: skip
     subprocess.run(command, cwd=tmp_path, check=True)
     library = ctypes.CDLL(str(tmp_path / "product.so"))
     library.product.restype = ctypes.c_int64
+    library.ss_pool_resize(ctypes.c_int64(2))
     for (m, k, n), dtype in itertools.product(
         [(4, 1, 4), (7, 33, 50), (33, 32, 31), (64, 96, 48), (257, 769, 49)], TOLERANCE
     ):
