@@ -296,7 +296,7 @@ class _Session:
             self.bindings[path] = BatchBinding(index)
             index += 1
             return self.tracer.input(
-                type_of(leaf), Role.BATCH, path, requires_grad=leaf.requires_grad
+                type_of(leaf), Role.BATCH, path, requires_grad=leaf.requires_grad, like=leaf
             )
 
         return [map_leaves(replace, item) for item in batch]

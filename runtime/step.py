@@ -317,13 +317,18 @@ def batch_tensors(batch: Sequence[Any]) -> list[torch.Tensor]:
 
 
 def signature(batch: Sequence[Any]) -> tuple[Any, ...]:
-    """What a program depends on of its inputs: sizes and types of tensors, all else by value."""
+    """What a program depends on of its inputs: sizes and types of tensors, all else by value.
+
+    Strides count where they are not those of row-major order: with them the same code may copy
+    where it would make a view, and then write elsewhere.
+    """
     return tuple((path, _fact(leaf)) for path, leaf in leaves(list(batch)))
 
 
 def _fact(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
-        return (tuple(leaf.shape), leaf.dtype, leaf.requires_grad)
+        fact = (tuple(leaf.shape), leaf.dtype, leaf.requires_grad)
+        return fact if leaf.is_contiguous() else (*fact, leaf.stride())
     if leaf is None or isinstance(leaf, (bool, int, float, str)):
         return (type(leaf), leaf)
     return id(leaf)

@@ -84,10 +84,20 @@ class Tracer(TorchDispatchMode):
     # -- inputs and outputs ------------------------------------------------------------------
 
     def input(
-        self, type_: TensorType, role: Role, path: str, *, requires_grad: bool = False
+        self,
+        type_: TensorType,
+        role: Role,
+        path: str,
+        *,
+        requires_grad: bool = False,
+        like: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """A new parameter, as a tensor without data that can be handed to the user's code."""
-        tensor = self._empty(type_)
+        """A new parameter, as a tensor without data that can be handed to the user's code.
+
+        Its strides are those of `like`: whether `reshape` copies hangs on them, and so what a
+        write in place reaches. Without `like` it is in row-major order.
+        """
+        tensor = self._empty(type_) if like is None else self._twin(like)
         if requires_grad:
             tensor.requires_grad_()
         self._new_param(tensor, tensor, role, path, None)

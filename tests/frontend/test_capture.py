@@ -549,6 +549,40 @@ def test_layouts_of_results_are_those_of_the_kernels(how: str, training: bool) -
     step(X)
 
 
+class Writing(nn.Module):
+    """Writes to what may be saved for a gradient, or seen by a view."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.weight = what, nn.Parameter(torch.full((2,), 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.what == "saved":
+            x = x * 1.5
+            y = F.group_norm(x, 2, self.weight)
+            x.fill_(0.5)
+            return y
+        y = x + self.weight.sum()
+        flat = y.flatten(-2)
+        y.transpose(0, -1).mul_(0.5)
+        return flat
+
+
+@pytest.mark.parametrize("what", ["saved", "viewed"])
+def test_layouts_of_a_batch(what: str) -> None:
+    """Eager mode copies a transposed tensor where it takes a view of one in row-major order."""
+    model, shape = Writing(what), (3, 2, 4)
+    steps = []
+    for how in ("transposed", "plain")[: 1 if what == "saved" else 2]:
+        steps.append(trains_like_eager(model, (laid_out(shape, how),), eager=copy.deepcopy(model)))
+    if what == "viewed":
+        for how in ("plain", "transposed", "plain"):
+            eager = copy.deepcopy(model)
+            wanted = mean_square(eager, laid_out(shape, how))
+            torch.testing.assert_close(steps[0](laid_out(shape, how)), wanted.detach())
+        assert len(steps[0].programs) == 2
+
+
 def test_model_without_data() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

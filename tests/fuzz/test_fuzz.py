@@ -148,20 +148,6 @@ def test_a_draft_that_autograd_refuses_to_describe_is_dropped() -> None:
     assert all(generate(s).body for s in (1558, 1884))
 
 
-def test_programs_that_only_a_layout_allows() -> None:
-    """Eager saves a copy of a transposed batch; of a row-major one it saves the batch itself."""
-
-    def program(layout: str) -> Program:
-        p = Input("p0", "parameter", "f32", (2,))
-        x = Input("x1", "batch", "f32", (2, 2, 3), layout=layout)
-        norm = Stmt(("v0",), "F.group_norm({0}, 2, {1}, {1})", ("x1", "p0"))
-        write = Stmt((), "{0}.fill_(0.5)", ("x1",))
-        return Program((p, x), (norm, write), ("v0",))
-
-    assert is_valid(program("transposed")) and not is_valid(program("plain"))
-    assert check_program(program("transposed")) is None
-
-
 def test_batch_norm_of_a_strided_weight_is_pytorchs_own_defect() -> None:
     """Once this fails, PyTorch is mended and the grammar need not make the weight contiguous."""
 
