@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from .nodes import Base, Node, Work, WorkList
 
 SMALL = 1 << 12  # elements of a value that may be computed anywhere
+MOST_STEPS = 16  # nodes that wait together, as far as one looks back
 HELD = 1.5  # a late node keeps its operands: at most so many times the bytes of its result
 
 
@@ -73,8 +74,19 @@ class Placement:
             return self.depth[node] + _is_barrier(node)
         depth = self.depth[node]
         late = max(depth, self._first_need(node))
-        held = [base for base in {r.base for r in node.refs} if self._dies(base, late)]
+        held = self._held(node, late)
         return depth if _bytes(held) > HELD * node.outs[0].nbytes else late
+
+    def _held(self, node: Node, late: int, steps: int = MOST_STEPS) -> set[Base]:
+        """What is kept for a node that waits; what only it reads is made when it is."""
+        held: set[Base] = set()
+        for base in {r.base for r in node.refs}:
+            maker, readers = base.node, set(self.readers.get(base, ()))
+            if maker is not None and maker.work is Work.POINTWISE and readers == {node} and steps:
+                held |= self._held(maker, late, steps - 1)
+            elif self._dies(base, late):
+                held.add(base)
+        return held
 
     def _first_need(self, node: Node) -> int:
         """The place of the first reader.
@@ -123,7 +135,10 @@ class Placement:
         ends = [b for b in passed if self._is_end(b)]
         behind = [b for b in passed if self._is_reduced(b)]
         alone = 2 * before + _bytes(b for b in ends if b is not product.outs[0])
-        return found - {product} if _bytes(passed) + _bytes(behind) <= alone else set()
+        if _bytes(passed) + _bytes(behind) <= alone:
+            return found - {product}
+        # The bias in any case: without it the product would be stored before it is rounded.
+        return {n for n in found if n.op is product.op} - {product}
 
     def _follow(self, product: Node, found: set[Node]) -> None:
         """Adds the pointwise nodes of the product's place that need nothing that comes after it."""

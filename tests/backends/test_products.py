@@ -260,8 +260,8 @@ PATHS = {
 def test_paths_of_other_machines(path: str, tmp_path: Path) -> None:
     """Narrower vectors, and tile registers in software."""
     (tmp_path / "store.c").write_text(STORE)
-    command = [find_compiler(), *flags(), *PATHS[path], "-I", str(HERE), "-shared",
-               str(HERE / "gemm.c"), str(HERE / "pool.c"), "store.c", "-o", "product.so"]  # fmt: skip
+    command = [find_compiler(), *flags(), *PATHS[path], "-I", str(HERE), "-shared", "store.c",
+               str(HERE / "gemm.c"), str(HERE / "pool.c"), "-o", "product.so"]  # fmt: skip
     subprocess.run(command, cwd=tmp_path, check=True)
     library = ctypes.CDLL(str(tmp_path / "product.so"))
     library.product.restype = ctypes.c_int64
@@ -292,3 +292,27 @@ def test_tile_registers_compile(tmp_path: Path) -> None:
                str(HERE), "-S", str(HERE / "gemm.c"), "-o", "gemm.s"]  # fmt: skip
     subprocess.run(command, cwd=tmp_path, check=True)
     assert "tdpbf16ps" in (tmp_path / "gemm.s").read_text()
+
+
+def test_a_bias_is_added_before_the_product_is_rounded() -> None:
+    """Also where the rest of what follows does not fit: else the product would be stored twice."""
+    executable = compare(
+        parse("""
+func @f {
+  batch %x: bf16[64,64] "x"
+  batch %w: bf16[64,64] "w"
+  parameter %b: f32[64] "b"
+  %c: bf16[64] = aten._to_copy.default(%b) {dtype=bf16}
+  %h: bf16[64,64] = aten.addmm.default(%c, %x, %w)
+  %u: f32[64,64] = aten._to_copy.default(%h) {dtype=f32}
+  %s: f32[64,1] = aten.mean.dim(%u) {dim=[1], keepdim=true}
+  %d: f32[64,64] = aten.sub.Tensor(%u, %s)
+  %e: f32[64,64] = aten.exp.default(%u)
+  return h=%h, d=%d, e=%e
+}
+"""),
+        [torch.randn(64, 64).bfloat16(), torch.randn(64, 64).bfloat16(), torch.randn(64)],
+        rtol=2e-2,
+        atol=2e-1,
+    )
+    assert not any(b.label.startswith("product of") for b in executable.program.buffers)
