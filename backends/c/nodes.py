@@ -76,7 +76,7 @@ class Work(Enum):
     LIBRARY = "library"
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)
 class Node:
     """One piece of work.
 
@@ -98,6 +98,10 @@ class Node:
     attrs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     results: tuple[Ref, ...] = ()
     orders: Orders = ()
+
+    def __repr__(self) -> str:
+        """Short: what it reads leads to all that came before."""
+        return f"Node({self.index}, {self.work.value} {self.name})"
 
     @property
     def refs(self) -> list[Ref]:
