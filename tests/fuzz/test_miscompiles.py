@@ -222,7 +222,7 @@ EMITTED: dict[str, Callable[[Lowered], Lowered]] = {
     "draws of two sites are equal": edited(r"(ss_philox\(\w+, \w+, )1u", r"\g<1>0u"),
     "operands of a difference swapped": edited(r"\((v\d+) - (v\d+)\)", r"(\2 - \1)"),
     "f16 results not rounded": edited(r"ss_round_f16\(", "("),
-    "root of the second moment missed": edited(r"sqrtf?\(", "("),
+    "root of the second moment missed": edited(r"\bsqrtf?\(", "("),
 }
 
 
