@@ -49,6 +49,10 @@ LOWERED: dict[str, frozenset[str]] = {
         {"attn_mask", "logsumexp"}
     ),
 }
+PRODUCT_OF = {
+    "aten.addmm.default": "aten.mm.default",
+    "aten.baddbmm.default": "aten.bmm.default",
+}
 # Ops that only move elements, so that they and a conversion may trade places.
 MOVES = frozenset(
     f"aten.{name}"
@@ -67,7 +71,7 @@ class LowerPrecision(Pass):
     """Rounds the operands of every f32 product to bf16; its result is bf16, widened for readers.
 
     Master weights, optimizer, reductions, normalizations, softmax and loss stay in f32, and kernels
-    add up products in f32. Each value is rounded once, a weight once a step. Views between
+    add up products in f32; so does a sum that a product is added to. Each value is rounded once, a weight once a step. Views between
     products are of bf16 values. Error: that of `torch.autocast("cpu", torch.bfloat16)`, less what
     autocast loses in normalizations, activations and sums, which it also computes from bf16 to
     bf16.
@@ -165,6 +169,9 @@ class _Lowering:
             return
         if op.name in LOWERED or op.opdef.kind is Kind.CONTRACTION:
             refusal = self.refusal(op)
+            if refusal == "" and accumulates(op):
+                self.accumulate(op)
+                return
             if refusal == "" and self.lower(op):
                 return
             if refusal:
@@ -218,6 +225,15 @@ class _Lowering:
         self.report.changed += 1
         self.counts[op.name] += 1
         return True
+
+    def accumulate(self, op: Op) -> None:
+        """A product that is added to a sum of its own size: the sum stays in f32."""
+        total, *factors = op.operands
+        product = self.names.fresh(op.result.type, op.result.name)
+        multiply = make_op(PRODUCT_OF[op.name], tuple(factors), {}, op.loc)
+        add = make_op("aten.add.Tensor", (total, product), {}, op.loc)
+        self.visit(replace(multiply, results=(product,)))
+        self.visit(replace(add, results=op.results))
 
     def with_types(self, op: Op) -> list[bool] | None:
         """Which results are of the lower type where the operands are; None where that fails."""
@@ -313,6 +329,13 @@ class _Lowering:
             f"{weights} parameters and {len(down) - weights} other values are rounded, once each;"
             f" {up} values are widened for f32 readers"
         )
+
+
+def accumulates(op: Op) -> bool:
+    """Whether the first operand is a sum, not a bias that is repeated."""
+    if op.name not in PRODUCT_OF or op.attr("beta") != 1 or op.attr("alpha") != 1:
+        return False
+    return op.inputs[0].type.shape == op.result.type.shape
 
 
 def rounded_operands(op: Op) -> list[Value]:

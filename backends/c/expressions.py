@@ -84,7 +84,7 @@ def load(text: str, dtype: torch.dtype) -> str:
 
 def store(text: str, dtype: torch.dtype) -> str:
     """A register, already rounded, as a memory element."""
-    return f"ss_to_bf16({text})" if dtype is torch.bfloat16 else f"({MEMORY[dtype]})({text})"
+    return f"ss_high_half({text})" if dtype is torch.bfloat16 else f"({MEMORY[dtype]})({text})"
 
 
 def rounded(text: str, dtype: torch.dtype) -> str:

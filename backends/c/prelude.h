@@ -30,6 +30,8 @@ SS_INLINE uint32_t ss_bf16_bits(float x) {
 }
 SS_INLINE float ss_round_bf16(float x) { return ss_float(ss_bf16_bits(x)); }
 SS_INLINE uint16_t ss_to_bf16(float x) { return (uint16_t)(ss_bf16_bits(x) >> 16); }
+/* of a number that is one already */
+SS_INLINE uint16_t ss_high_half(float x) { return (uint16_t)(ss_bits(x) >> 16); }
 SS_INLINE float ss_round_f16(float x) { return (float)(_Float16)x; }
 
 /* -- maximum and minimum: a NaN on either side gives NaN ---------------------------------------- */

@@ -230,3 +230,23 @@ def test_precision_and_passes_do_not_go_together() -> None:
             torch.nn.Linear(2, 2), example_inputs=(torch.ones(1, 2),), precision="bf16", passes=[]
         )
     assert error.value.code == "SS7011"
+
+
+# --- sums ---------------------------------------------------------------------------------------
+
+
+def test_a_sum_of_products_stays_in_f32() -> None:
+    f = lowered("""
+func @f {
+  batch %x: f32[4,4] "x"
+  batch %b: f32[4] "b"
+  %y: f32[4,4] = aten.addmm.default(%b, %x, %x)
+  %z: f32[4,4] = aten.addmm.default(%y, %x, %x)
+  return z=%z
+}
+""")
+    (product,) = ops_of(f, "addmm.default")
+    assert product.result.type.dtype is BF16 and product.inputs[0].type.dtype is BF16
+    (total,) = ops_of(f, "add.Tensor")
+    assert all(v.type.dtype is F32 for v in total.inputs)
+    assert conversions(f, BF16) == ["b", "x"]
