@@ -71,10 +71,10 @@ class LowerPrecision(Pass):
     """Rounds the operands of every f32 product to bf16; its result is bf16, widened for readers.
 
     Master weights, optimizer, reductions, normalizations, softmax and loss stay in f32, and kernels
-    add up products in f32; so does a sum that a product is added to. Each value is rounded once, a weight once a step. Views between
-    products are of bf16 values. Error: that of `torch.autocast("cpu", torch.bfloat16)`, less what
-    autocast loses in normalizations, activations and sums, which it also computes from bf16 to
-    bf16.
+    add up products in f32; so does a sum that a product is added to. Each value is rounded once,
+    a weight once a step, and moves between products in bf16. Error: that of
+    `torch.autocast("cpu", torch.bfloat16)`, less what autocast loses in normalizations,
+    activations and sums, which it also computes from bf16 to bf16.
 
     Attributes:
         dtype: `bf16`, the type of operands and results.
@@ -141,6 +141,7 @@ class _Lowering:
         self.ops: list[Op] = []
         self.subst: dict[Value, Value] = {}
         self.parameters = {p.value for p in function.params}
+        self.read_wide = self.find_wide_readers()
         self.exact: dict[Value, Value] = {}  # wide -> the low value that it equals
         self.homes: dict[Value, Loc] = {}  # where these come from
         self.made: set[Value] = set()  # wide values among these that have an op
@@ -161,6 +162,22 @@ class _Lowering:
         result, _ = DeadCode().run(self.function.with_ops(self.ops, self.subst))
         self.explain(result)
         return result, self.report
+
+    def find_wide_readers(self) -> set[Value]:
+        """Wide values that something reads as such, be it through moves."""
+        wanted = set(self.function.results)
+        self.read = set(wanted)
+        for op in reversed(self.function.ops):
+            self.read.update(op.inputs)
+            if moves(op) and wanted.isdisjoint(op.results):
+                continue
+            if op.name == CONVERT and self.is_low(op.result):
+                continue
+            rounded = set(rounded_operands(op)) if self.refusal(op) == "" else set[Value]()
+            if rounded and accumulates(op):
+                rounded.discard(op.inputs[0])
+            wanted.update(v for v in op.inputs if v not in rounded)
+        return wanted
 
     # -- one op --------------------------------------------------------------------------------
 
@@ -186,6 +203,10 @@ class _Lowering:
         self.ops.append(op)
         if moves(op):
             self.movers.update(dict.fromkeys(op.results, op))
+            return
+        for r in op.results:  # where nobody reads the wide value it need not live on
+            if is_wide(r) and r in self.read and r not in self.read_wide:
+                self.round(r, op.loc)
 
     def convert(self, op: Op) -> bool:
         """A conversion that the user's code has. False where it has to do with other types."""
@@ -282,28 +303,38 @@ class _Lowering:
     def round(self, v: Value, loc: Loc) -> Value:
         """The low value of a wide one: made once, and from the operand of views.
 
-        What activation checkpointing computes again is rounded again: that keeps less alive.
+        What activation checkpointing computes again is rounded again, where the wide value stays
+        alive anyway.
         """
         if v in self.exact:
             return self.exact[v]
-        again = loc.phase is Phase.RECOMPUTE and v not in self.parameters
+        kept = v in self.read_wide and v not in self.parameters
+        again = kept and loc.phase is Phase.RECOMPUTE
         key = (v, loc.module if again else None)
         if key not in self.rounded:
-            self.rounded[key] = self.round_anew(v, loc)
+            mover = self.movers.get(v)
+            if mover is not None and self.trades_places(mover):
+                self.move_rounded(mover, key[1], loc)
+            else:
+                self.rounded[key] = self.low_like(v)
+                self.ops.append(make_convert(v, self.rounded[key], loc))
         return self.rounded[key]
 
-    def round_anew(self, v: Value, loc: Loc) -> Value:
-        mover = self.movers.get(v)
-        if mover is not None and keeps_all(mover):
-            operands = tuple(
-                self.round(o, loc) if isinstance(o, Value) else o for o in mover.operands
-            )
-            new = self.low_like(v)
-            self.ops.append(Op(mover.opdef, operands, mover.attrs, (new,), mover.loc))
-            return new
-        new = self.low_like(v)
-        self.ops.append(make_convert(v, new, loc))
-        return new
+    def trades_places(self, mover: Op) -> bool:
+        """Whether to round before a move: no more work, or the only use of what is moved."""
+        wide = [v for v in mover.inputs if is_wide(v)]
+        if len(wide) == len(mover.inputs) == 1 and keeps_all(mover):
+            return True
+        return not any(v in self.read_wide or v in self.parameters for v in wide)
+
+    def move_rounded(self, mover: Op, region: str | None, loc: Loc) -> None:
+        """The move of rounded elements, in the place of the rounding of moved ones."""
+        low = mover.map_operands(lambda v: self.round(v, loc) if is_wide(v) else v)
+        results = tuple(map(self.low_like, mover.results))
+        self.ops.append(replace(low, results=results))
+        self.rounded.update(
+            ((r, region), new) for r, new in zip(mover.results, results, strict=True)
+        )
 
     def move(self, op: Op) -> bool:
         """Moves low elements where every wide operand equals a low one."""

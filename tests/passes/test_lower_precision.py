@@ -180,10 +180,26 @@ func @f {
   %h: f32[4,4] = aten.exp.default(%x)
   %y: f32[4,4] = aten.mm.default(%h, %w)
   %z: f32[4,4] = aten.mm.default(%h, %w) loc("m.py":1 "block" recompute)
-  return y=%y, z=%z
+  return y=%y, z=%z, h=%h
 }
 """)
     assert conversions(f, BF16) == ["h", "w", "h"]
+
+
+def test_what_nobody_reads_in_f32_is_rounded_where_it_is_made() -> None:
+    f = lowered("""
+func @f {
+  batch %x: f32[4,4] "x"
+  %h: f32[4,4] = aten.exp.default(%x)
+  %g: f32[4,4] = aten.neg.default(%x)
+  %a: f32[2,4], %b: f32[2,4] = aten.split.Tensor(%h) {split_size=2, dim=0}
+  %y: f32[2,4] = aten.mm.default(%a, %h)
+  %z: f32[2,4] = aten.mm.default(%b, %h) loc("m.py":1 "block" recompute)
+  return y=%y, z=%z, g=%g
+}
+""")
+    assert [op.results[0].name for op in f.ops[:2]] == ["h", "h.1"]
+    assert conversions(f, BF16) == ["h"]
 
 
 def test_zero_sizes() -> None:
