@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from enum import Flag, auto
 from typing import ClassVar
 
 import torch
@@ -127,6 +128,14 @@ class LowerPrecision(Pass):
         return _Lowering(function, DTYPES[self.dtype]).run()
 
 
+class Use(Flag):
+    """How a value is read."""
+
+    LOW = auto()
+    SUM = auto()
+    WIDE = auto()
+
+
 class _Lowering:
     """One sweep over a function. f32 values are "wide", those of the lower type "low".
 
@@ -141,7 +150,7 @@ class _Lowering:
         self.ops: list[Op] = []
         self.subst: dict[Value, Value] = {}
         self.parameters = {p.value for p in function.params}
-        self.read_wide = self.find_wide_readers()
+        self.uses = self.find_uses()
         self.exact: dict[Value, Value] = {}  # wide -> the low value that it equals
         self.homes: dict[Value, Loc] = {}  # where these come from
         self.made: set[Value] = set()  # wide values among these that have an op
@@ -163,21 +172,27 @@ class _Lowering:
         self.explain(result)
         return result, self.report
 
-    def find_wide_readers(self) -> set[Value]:
-        """Wide values that something reads as such, be it through moves."""
-        wanted = set(self.function.results)
-        self.read = set(wanted)
+    def find_uses(self) -> dict[Value, Use]:
+        """How wide values are read, be it through moves."""
+        uses: dict[Value, Use] = dict.fromkeys(self.function.results, Use.WIDE)
         for op in reversed(self.function.ops):
-            self.read.update(op.inputs)
-            if moves(op) and wanted.isdisjoint(op.results):
-                continue
-            if op.name == CONVERT and self.is_low(op.result):
-                continue
-            rounded = set(rounded_operands(op)) if self.refusal(op) == "" else set[Value]()
-            if rounded and accumulates(op):
-                rounded.discard(op.inputs[0])
-            wanted.update(v for v in op.inputs if v not in rounded)
-        return wanted
+            use = Use(0)
+            for r in op.results if moves(op) else ():
+                use |= uses.get(r, Use(0))
+            if not moves(op):
+                use = Use.SUM if is_gradient_sum(op) else Use.WIDE
+            low = self.low_operands(op)
+            for v in op.inputs:
+                uses[v] = uses.get(v, Use(0)) | (Use.LOW if v in low else use)
+        return uses
+
+    def low_operands(self, op: Op) -> set[Value]:
+        """What the op will read in the lower type."""
+        if op.name == CONVERT and self.is_low(op.result):
+            return set(op.inputs)
+        if op.name not in LOWERED or self.refusal(op) != "":
+            return set()
+        return set(rounded_operands(op)) - (set(op.inputs[:1]) if accumulates(op) else set())
 
     # -- one op --------------------------------------------------------------------------------
 
@@ -204,9 +219,15 @@ class _Lowering:
         if moves(op):
             self.movers.update(dict.fromkeys(op.results, op))
             return
-        for r in op.results:  # where nobody reads the wide value it need not live on
-            if is_wide(r) and r in self.read and r not in self.read_wide:
-                self.round(r, op.loc)
+        for r in op.results:
+            if is_wide(r) and self.uses.get(r, Use(0)) in (Use.LOW, Use.LOW | Use.SUM):
+                self.replace_by_rounded(r, op.loc)
+
+    def replace_by_rounded(self, v: Value, loc: Loc) -> None:
+        """Lets every reader read the low value: the wide one need not live on."""
+        low = self.round(v, loc)
+        again = self.names.fresh(v.type, v.name)
+        self.subst[v], self.exact[again], self.homes[again] = again, low, loc
 
     def convert(self, op: Op) -> bool:
         """A conversion that the user's code has. False where it has to do with other types."""
@@ -303,38 +324,25 @@ class _Lowering:
     def round(self, v: Value, loc: Loc) -> Value:
         """The low value of a wide one: made once, and from the operand of views.
 
-        What activation checkpointing computes again is rounded again, where the wide value stays
-        alive anyway.
+        What activation checkpointing computes again is rounded again: that keeps less alive.
         """
         if v in self.exact:
             return self.exact[v]
-        kept = v in self.read_wide and v not in self.parameters
-        again = kept and loc.phase is Phase.RECOMPUTE
+        again = loc.phase is Phase.RECOMPUTE and v not in self.parameters
         key = (v, loc.module if again else None)
         if key not in self.rounded:
-            mover = self.movers.get(v)
-            if mover is not None and self.trades_places(mover):
-                self.move_rounded(mover, key[1], loc)
-            else:
-                self.rounded[key] = self.low_like(v)
-                self.ops.append(make_convert(v, self.rounded[key], loc))
+            self.rounded[key] = self.round_anew(v, loc)
         return self.rounded[key]
 
-    def trades_places(self, mover: Op) -> bool:
-        """Whether to round before a move: no more work, or the only use of what is moved."""
-        wide = [v for v in mover.inputs if is_wide(v)]
-        if len(wide) == len(mover.inputs) == 1 and keeps_all(mover):
-            return True
-        return not any(v in self.read_wide or v in self.parameters for v in wide)
-
-    def move_rounded(self, mover: Op, region: str | None, loc: Loc) -> None:
-        """The move of rounded elements, in the place of the rounding of moved ones."""
-        low = mover.map_operands(lambda v: self.round(v, loc) if is_wide(v) else v)
-        results = tuple(map(self.low_like, mover.results))
-        self.ops.append(replace(low, results=results))
-        self.rounded.update(
-            ((r, region), new) for r, new in zip(mover.results, results, strict=True)
-        )
+    def round_anew(self, v: Value, loc: Loc) -> Value:
+        new = self.low_like(v)
+        mover = self.movers.get(v)
+        if mover is None or not keeps_all(mover):
+            self.ops.append(make_convert(v, new, loc))
+            return new
+        operands = tuple(self.round(o, loc) if isinstance(o, Value) else o for o in mover.operands)
+        self.ops.append(Op(mover.opdef, operands, mover.attrs, (new,), mover.loc))
+        return new
 
     def move(self, op: Op) -> bool:
         """Moves low elements where every wide operand equals a low one."""
@@ -360,6 +368,11 @@ class _Lowering:
             f"{weights} parameters and {len(down) - weights} other values are rounded, once each;"
             f" {up} values are widened for f32 readers"
         )
+
+
+def is_gradient_sum(op: Op) -> bool:
+    """Whether it adds up a gradient, as that of a bias: under autocast, one in the lower type."""
+    return op.name == "aten.sum.dim_IntList" and op.loc.phase is Phase.BACKWARD
 
 
 def accumulates(op: Op) -> bool:

@@ -104,6 +104,10 @@ class Placement:
         if node.work is not Work.POINTWISE or not self._readers_of(node):
             return False
         makers = {r.base.node for r in node.refs}
+        if node.name == "aten._to_copy.default" and len(makers) == 1:
+            (maker,) = makers
+            if maker is not None and self._readers_of(maker) == [node]:
+                return self._has_neighbours(maker)
         readers = {r for m in makers if m is not None for r in self._readers_of(m)} - {node}
         return any(self.place[r] == self.place[node] + 1 for r in readers)
 
@@ -133,7 +137,7 @@ class Placement:
         before = _bytes([product.outs[0]])
         passed = [n.outs[0] for n in found if self._is_read_outside(n, found)]
         ends = [b for b in passed if self._is_end(b)]
-        behind = [b for b in passed if self._is_reduced(b)]
+        behind = [b for b in passed if self._is_read_behind(b, found)]
         alone = 2 * before + _bytes(b for b in ends if b is not product.outs[0])
         if _bytes(passed) + _bytes(behind) <= alone:
             return found - {product}
@@ -169,10 +173,10 @@ class Placement:
         readers = self.readers.get(base, ())
         return base in self.ends or any(_is_barrier(r) or self.place[r] != place for r in readers)
 
-    def _is_reduced(self, base: Base) -> bool:
+    def _is_read_behind(self, base: Base, found: set[Node]) -> bool:
         """Whether a kernel behind reads it again."""
         place = self.place[base.node] if base.node is not None else 0
-        readers = self.readers.get(base, ())
+        readers = (r for r in self.readers.get(base, ()) if r not in found)
         return any(not _is_barrier(r) and self.place[r] == place for r in readers)
 
 

@@ -48,6 +48,10 @@ GOLDEN = {
         "error [SS7005] --width must be a multiple of --heads, found 7 and 2\n"
     ),
     "train --dropout 1": "error [SS7005] --dropout must lie in [0, 1), found 1.0\n",
+    "train --precision bf61": (
+        "error [SS7013] the name of a precision is required, found 'bf61'\n"
+        "  help: did you mean 'bf16'?\n"
+    ),
     "train --lr nan": "error [SS7005] --lr must be greater than 0, found nan\n",
     "train --resume": (
         "error [SS7008] --resume needs the folder to resume from\n  help: add --out\n"
@@ -233,6 +237,14 @@ def test_passes_get_options_of_their_types() -> None:
 
     (one,) = parse_passes("decompose{keep=[aten.silu.default]}")
     assert getattr(one, "keep", None) == frozenset({"aten.silu.default"})
+
+
+def test_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--steps", "2", "--precision", "bf16", "--compare", "eager"]) == 0
+    assert "bf16" in capsys.readouterr().out
+    assert main(["verify", *TINY, "--steps", "2", "--precision", "bf16"]) == 0
+    text = capsys.readouterr().out
+    assert "pass lower_precision (lossy): not compared, changes the numbers" in text
 
 
 def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
