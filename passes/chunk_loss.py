@@ -182,6 +182,8 @@ def _products(function: Function, anchor: Op) -> list[Op]:
             raise NotSplittableError("the logits are not the product of rows and a weight")
         else:
             stack += op.inputs
+    if not found:
+        raise NotSplittableError("the logits are not made of a product, but of smaller values")
     return [op for op in function.ops if op in found]
 
 

@@ -253,6 +253,22 @@ def test_logits_that_are_no_product() -> None:
 # -- the whole ------------------------------------------------------------------------------------
 
 
+def test_logits_that_are_a_broadcast_sum() -> None:
+    """No operand is as large as half of the logits."""
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.row, self.column = (nn.Parameter(torch.randn(s)) for s in ((4,), (17, 1)))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            out: Tensor = self.row + self.column
+            return out
+
+    batch = torch.zeros(17, dtype=torch.int64), torch.arange(17) % 4
+    assert "not made of a product" in run_both(Sum(), cross_entropy(), batch)
+
+
 def test_accumulated_gradients() -> None:
     torch.manual_seed(1)
     model, batch = Model(tied=True), tokens_and_targets((4,))
