@@ -52,8 +52,8 @@ smooth_l1_loss_backward.default soft_margin_loss_backward.default
 # Their kernels make the result like `self`; PyTorch's rules for types promote.
 TYPED_BY_INPUT = frozenset(
     f"aten.{name}.default"
-    for name in """huber_loss soft_margin_loss mse_loss_backward smooth_l1_loss_backward
-    soft_margin_loss_backward""".split()
+    for name in """huber_loss huber_loss_backward soft_margin_loss mse_loss_backward
+    smooth_l1_loss_backward soft_margin_loss_backward""".split()
 )
 NONE, MEAN, SUM = 0, 1, 2  # PyTorch's codes of `reduction`
 
@@ -159,9 +159,28 @@ def grid_factors(op: Op) -> FactorMap:
 
 
 def infer_by_input(op: Op) -> tuple[TensorType, ...]:
-    """The shapes of PyTorch's rule with the element type of `self`."""
-    dtype = op.inputs[op.opdef.operand_names.index("self")].type.dtype
-    return tuple(TensorType(dtype, t.shape) for t in infer_by_running(op))
+    """The shapes of PyTorch's rule with the element type of `self`.
+
+    The rules for gradients divide by the number of elements, which may be zero.
+    """
+    place = op.opdef.operand_names.index("self")
+    given = op.inputs[place].type
+    if place and not given.numel:
+        return (given,)
+    return tuple(TensorType(given.dtype, t.shape) for t in infer_by_running(op))
+
+
+def infer_group_norm_backward(op: Op) -> tuple[TensorType, ...]:
+    """PyTorch's own rule divides by the size of a group, which may be zero."""
+    x = op.inputs[1].type
+    if x.numel:
+        return infer_by_running(op)
+    channels = x.with_shape((op.attr("C"),))
+    return tuple(
+        t
+        for t, wanted in zip((x, channels, channels), op.attr("output_mask"), strict=True)
+        if wanted
+    )
 
 
 def _family(names: list[str], rule: Callable[[Op], FactorMap], kind: Kind) -> list[OpDef]:
@@ -194,7 +213,12 @@ OPS: tuple[OpDef, ...] = (
     *_family(["im2col.default"], batch_only, Kind.COMPOSITE),
     *_family(["grid_sampler_2d.default", "grid_sampler_3d.default"], grid_factors, Kind.COMPOSITE),
     *_family(["native_group_norm.default"], group_norm_factors, Kind.COMPOSITE),
-    *_family(["native_group_norm_backward.default"], group_norm_backward_factors, Kind.COMPOSITE),
+    define(
+        "aten.native_group_norm_backward.default",
+        Kind.COMPOSITE,
+        infer=infer_group_norm_backward,
+        factors=group_norm_backward_factors,
+    ),
     *_family(
         [
             "_native_batch_norm_legit.no_stats",

@@ -145,15 +145,20 @@ def grouped_mm(
 
 
 def like_input(name: str) -> Callable[..., torch.Tensor]:
-    """PyTorch's rule with the element type of `self`, as its kernel has it."""
+    """PyTorch's rule with the element type of `self`, as its kernel has it.
+
+    The rules for gradients divide by the number of elements, which may be zero.
+    """
     overload = find_overload(name)
     names = [a.name for a in overload._schema.arguments]  # pyright: ignore[reportPrivateUsage]
     place = names.index("self")
 
     def fake(*args: Any, **kwargs: Any) -> torch.Tensor:
+        given: torch.Tensor = args[place]
+        if place and not given.numel():
+            return torch.empty_like(given)
         outcome: torch.Tensor = overload(*args, **kwargs)
-        dtype: torch.dtype = args[place].dtype
-        return outcome.to(dtype)
+        return outcome.to(given.dtype)
 
     return fake
 
@@ -178,6 +183,19 @@ def like_kernel(name: str, place: int = 0, *, keeps: bool = True) -> Callable[..
     return fake
 
 
+def group_norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor,
+    weight: torch.Tensor | None, n: int, channels: int, size: int, groups: int,
+    mask: Sequence[bool],
+) -> Any:  # fmt: skip
+    """PyTorch's rule, which divides by the size of a group where that is not zero."""
+    if x.numel():
+        op = aten.native_group_norm_backward.default
+        return op(grad, x, mean, rstd, weight, n, channels, size, groups, mask)
+    results = (torch.empty_like(x), x.new_empty(channels), x.new_empty(channels))
+    return tuple(r if wanted else None for r, wanted in zip(results, mask, strict=True))
+
+
 # Run in place of PyTorch's rule for sizes and types.
 FAKE_RESULTS: dict[str, Callable[..., Any]] = {
     "aten._grouped_mm.default": grouped_mm,
@@ -190,6 +208,7 @@ FAKE_RESULTS: dict[str, Callable[..., Any]] = {
             "aten._native_batch_norm_legit_no_training.default",
         )
     },
+    "aten.native_group_norm_backward.default": group_norm_backward,
     "aten.native_batch_norm_backward.default": like_kernel(
         "aten.native_batch_norm_backward.default", 1
     ),

@@ -18,6 +18,7 @@ from .helpers import compare
 
 CANARY = 7.0
 REDUCTIONS = (0, 1, 2)  # none, mean, sum
+REFUSE_MIXED = {"aten.huber_loss_backward.default"}  # PyTorch's kernel does
 
 
 def losses() -> Iterator[str]:
@@ -54,7 +55,7 @@ def test_out_variant_stays_in_its_place(name: str, reduction: int) -> None:
     assert (memory[:4] == CANARY).all() and (memory[4 + count :] == CANARY).all()
 
 
-@pytest.mark.parametrize("name", sorted(TYPED_BY_INPUT))
+@pytest.mark.parametrize("name", sorted(TYPED_BY_INPUT - REFUSE_MIXED))
 @pytest.mark.parametrize("shape", [(3,), ()], ids=str)
 def test_losses_of_mixed_types(name: str, shape: tuple[int, ...]) -> None:
     """PyTorch's kernels and its rules for types disagree about these; the kernels count."""

@@ -53,8 +53,8 @@ def trains_like_eager(
         wanted = loss_fn(eager, *batch)
         wanted.backward()
         optimizer.step()
-        torch.testing.assert_close(step(*batch), wanted.detach())
-    torch.testing.assert_close(model.state_dict(), eager.state_dict())
+        torch.testing.assert_close(step(*batch), wanted.detach(), equal_nan=True)
+    torch.testing.assert_close(model.state_dict(), eager.state_dict(), equal_nan=True)
     return step
 
 
@@ -547,6 +547,34 @@ def test_layouts_of_results_are_those_of_the_kernels(how: str, training: bool) -
         model(X)
     assert model.strides == seen
     step(X)
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 4), (2, 4, 0)])
+def test_group_norm_without_elements(shape: tuple[int, ...]) -> None:
+    """PyTorch's rule for the sizes of its gradient divides by zero."""
+
+    class Normalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before = nn.Parameter(torch.ones(shape))
+            self.weight = nn.Parameter(torch.ones(shape[1]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = F.group_norm(self.before, 1, self.weight, self.weight)
+            return y.sum() + self.weight.sum() + x.sum()
+
+    trains_like_eager(Normalized())
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.smooth_l1_loss, F.huber_loss, F.soft_margin_loss])
+def test_mean_losses_without_elements(loss: Callable[..., Any]) -> None:
+    model = nn.Linear(6, 2)
+
+    def loss_fn(model: Any, x: Any) -> Any:
+        y = model(x)
+        return torch.nan_to_num(loss(y[:0], y[:0].detach() * 2)) + y.sum()
+
+    trains_like_eager(model, loss_fn=loss_fn)
 
 
 class Writing(nn.Module):
