@@ -28,6 +28,7 @@ from shoestring.frontend.capture import Captured
 from shoestring.ir import Function, Role, parse, print_function, same_structure, verify
 from shoestring.ir.inference import infer_types, same_types
 from shoestring.passes.base import Numerics, Pass
+from shoestring.passes.chunk_loss import ChunkLoss
 from shoestring.passes.pipeline import Pipeline, check
 from shoestring.passes.registry import BUILTIN, default_pipeline
 from shoestring.runtime.step import Program as StepProgram
@@ -172,6 +173,12 @@ def build_with(backend: str, passes: Sequence[Pass]) -> Callable[[Function], Exe
     return build
 
 
+def small_pipeline() -> list[Pass]:
+    """The default one, with limits that the sizes of random programs reach."""
+    chunks = ChunkLoss(chunk_bytes=64, min_rows=1, max_chunks=3, min_bytes=0)
+    return [chunks if isinstance(p, ChunkLoss) else p for p in default_pipeline()]
+
+
 # -- the check -----------------------------------------------------------------------------------
 
 
@@ -224,7 +231,7 @@ class _Check:
         if options.compile is not None:
             self.compiled = Compiled(options.compile)
         elif options.backend is not None:
-            self.compiled = Compiled(build_with(options.backend, default_pipeline()))
+            self.compiled = Compiled(build_with(options.backend, small_pipeline()))
         self.seen: set[int] = set()
         self.history: list[tuple[Captured, list[torch.Tensor]]] = []
         self.spreads: dict[int, Outcome] = {}
