@@ -583,6 +583,27 @@ def classification(s: Scope) -> Stmt | None:
     return s.new(s.rng.choice(codes), x, y)
 
 
+def head(s: Scope) -> Stmt | None:
+    """The last layer of a language model and its loss, as one statement."""
+    x = s.pick(lambda t: t.is_floating_point() and t.dim() == 2 and t.numel() > 0)
+    if x is None:
+        return None
+    given = s.values[x]
+    rows = given.shape[0]
+    w = s.pick(lambda t: t.dtype is given.dtype and t.dim() == 2 and t.shape[1:] == given.shape[1:])
+    if w is None:
+        return None
+    classes = s.values[w].shape[0]
+    y = s.pick(lambda t: _is_integer(t) and tuple(t.shape) == (rows,) and _within(t, classes))
+    target = "{2}.long()" if y else f"torch.arange({rows}) % {classes}"
+    logits = s.one("F.linear({0}, {1})", "{0} @ {1}.mT", "F.linear({0}, {1}, {1}[:, 0])",
+                   "torch.tanh({0} @ {1}.mT) * 2", "F.linear({0}, {1}).float()")  # fmt: skip
+    how = s.one(
+        "", ", reduction='sum'", ", ignore_index=1", ", label_smoothing=0.2", ", reduction='none'"
+    )
+    return s.new(f"F.cross_entropy({logits}, {target}{how})", x, w, y or w)
+
+
 def losses(s: Scope) -> Stmt | None:
     x = s.real(1)
     y = s.pick(
@@ -716,6 +737,6 @@ PRODUCTIONS: dict[Production, float] = {
     composed: 2, view: 8, split: 2, bits: 0.3, in_place: 2, in_place_binary: 2, in_place_part: 2.5,
     in_place_indexed: 1, buffer_update: 1.5, reduction: 4, scan: 4, norm: 2, channel_norm: 2, matmul: 5,
     self_product: 1, linear: 2, convolution: 1.5, pool: 1, indexing: 3, last_dim_indexing: 1,
-    classification: 1, losses: 1, joining: 2, moving: 2.5, creation: 1.5, autograd: 2, pairs: 0.7,
+    classification: 1, head: 1.5, losses: 1, joining: 2, moving: 2.5, creation: 1.5, autograd: 2, pairs: 0.7,
     no_grad: 0.7, hook: 0.4, second_order: 0.4,
 }  # fmt: skip
