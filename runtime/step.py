@@ -124,7 +124,9 @@ class _Compiled:
         if held is None:
             held = self._numbers[path] = torch.empty((), dtype=torch.float64)
         with torch.no_grad():
-            return held.copy_(value) if isinstance(value, torch.Tensor) else held.fill_(value)
+            if isinstance(value, torch.Tensor):
+                return held.copy_(value.reshape(()))
+            return held.fill_(value)
 
     def mode_key(self) -> tuple[Any, ...]:
         """Facts about the model and about torch that a program depends on."""

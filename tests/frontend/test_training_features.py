@@ -95,8 +95,9 @@ def test_reduce_on_plateau_needs_one_program() -> None:
     assert len(pair.step.programs) == 1
 
 
-def test_a_learning_rate_may_be_a_tensor_and_be_written_in_place() -> None:
-    pair = pair_of(lambda m: torch.optim.Adam(m.parameters(), lr=torch.tensor(0.05).double()))
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_learning_rate_may_be_a_tensor_and_be_written_in_place(shape: tuple[int, ...]) -> None:
+    pair = pair_of(lambda m: torch.optim.Adam(m.parameters(), lr=torch.full(shape, 0.05).double()))
     train(pair, 2)
     for optimizer in (pair.optimizer, pair.twin_optimizer):
         optimizer.param_groups[0]["lr"].fill_(0.01)
