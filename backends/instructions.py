@@ -9,6 +9,7 @@ Nothing is decided when the list runs. Printing it shows everything that a step 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -62,6 +63,11 @@ class Region:
     @property
     def byte_offset(self) -> int:
         return self.offset * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Of its elements, each once."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def is_contiguous(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -39,13 +39,17 @@ class Peaks:
 
     def seconds(self, work: Work) -> float:
         """The least time for some work."""
-        rate = self.flops.get(work.dtype, self.flops[torch.float32])
-        return max(work.flops / rate, work.bytes / self.bandwidth)
+        return max(self._seconds_of(work))
 
     def bound(self, work: Work) -> str:
         """What the least time is for: `products` or `memory`."""
+        products, memory = self._seconds_of(work)
+        return "products" if products > memory else "memory"
+
+    def _seconds_of(self, work: Work) -> tuple[float, float]:
+        """Of its products, and of its way through memory."""
         rate = self.flops.get(work.dtype, self.flops[torch.float32])
-        return "products" if work.flops / rate > work.bytes / self.bandwidth else "memory"
+        return work.flops / rate, work.bytes / self.bandwidth
 
 
 def measure_peaks() -> Peaks:
@@ -89,7 +93,6 @@ class Measured:
     calls: int = 0
     seconds: float = 0.0
     least: float = 0.0
-    work: list[Work] = field(default_factory=list[Work])
 
     @property
     def share_of_peak(self) -> float:
@@ -124,7 +127,6 @@ def measure_kernels(
         row.calls += 1
         row.seconds += median(seconds)
         row.least += peaks.seconds(work)
-        row.work.append(work)
     return sorted(rows.values(), key=lambda r: -r.seconds)
 
 
@@ -134,8 +136,7 @@ def work_of(instruction: Instruction) -> Work:
         return instruction.work
     if isinstance(instruction, CallTorch):
         return work_of_op(instruction.op, instruction.regions)
-    sizes = (torch.Size(r.shape).numel() * r.dtype.itemsize for r in instruction.regions)
-    return Work(bytes=sum(sizes))
+    return Work(bytes=sum(r.nbytes for r in instruction.regions))
 
 
 def _why(instruction: Instruction) -> str:

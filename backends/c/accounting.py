@@ -32,7 +32,7 @@ def _bytes_read(ref: Ref) -> int:
 def work_of_op(op: Op, regions: Iterable[Region]) -> Work:
     """Of one op, between these regions."""
     regions = list(regions)
-    moved = sum(torch.Size(r.shape).numel() * r.dtype.itemsize for r in regions)
+    moved = sum(r.nbytes for r in regions)
     half = any(r.dtype is torch.bfloat16 for r in regions)
     return Work(_flops([op]), moved, torch.bfloat16 if half else torch.float32)
 

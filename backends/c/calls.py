@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..instructions import CallKernel, Instruction
 
-Address = Callable[[int], int]
-
 
 class _Call(ctypes.Structure):
     """`ss_call` of run.h."""

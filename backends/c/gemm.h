@@ -18,7 +18,9 @@ typedef struct {
     ss_finish finish;                   /* stores a block of C */
 } ss_gemm;
 
-/* Threads that may take part, and bytes of scratch that each needs. */
+/* Bytes of scratch that each thread needs. */
 int64_t ss_gemm_scratch(const ss_gemm *g);
+
+/* The product, block by block to `finish`; `threads` is how many the scratch is for. */
 void ss_gemm_run(const ss_gemm *g, const void *a, const void *b, void *const *buffers,
                  void *scratch, int64_t threads);

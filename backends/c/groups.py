@@ -23,6 +23,7 @@ from .placement import Placement
 from .products import Axes, axes_of, walks
 from .reductions import keeps_dims, reduced_dims
 
+KEYED = frozenset({"rng.uniform.default", "rng.bits.default"})  # random numbers of a key
 MAX_NODES = 96
 MAX_SEARCH = 256
 HELD = 1 << 20  # bytes that may be kept alive longer for the sake of one kernel
@@ -354,8 +355,7 @@ def _wide_readers(work: WorkList) -> dict[Base, int]:
 
 def reads_whole(node: Node) -> bool:
     """Whether the node reads its operands as a whole: a random key, the sides of a product."""
-    keyed = node.name in ("rng.uniform.default", "rng.bits.default")
-    return keyed or node.work is Work.PRODUCT
+    return node.name in KEYED or node.work is Work.PRODUCT
 
 
 def _covers(atoms: Atoms, axes: Axes, placed: Placed) -> bool:

@@ -44,7 +44,7 @@ from .expressions import (
     store,
     widened,
 )
-from .groups import Placed, Unit, reads_whole, reduced_dims_of
+from .groups import KEYED, Placed, Unit, reads_whole, reduced_dims_of
 from .nodes import Base, Node, Ref, Work
 from .reductions import REDUCTIONS, Reduction, accumulator
 
@@ -398,7 +398,7 @@ class KernelWriter:
 
     def _raw_operands(self, placed: Placed) -> list[tuple[str, torch.dtype, int] | object]:
         node = placed.node
-        if node.name in _KEYED:
+        if node.name in KEYED:
             key = node.refs[0]
             step = key.layout.strides[0]
             parts = (self._scalar(key, key.layout.offset + i * step) for i in (0, 1))
@@ -795,7 +795,6 @@ class KernelWriter:
 
 
 # Ops that read their operand, a random key, as a whole: no loop walks it.
-_KEYED = frozenset({"rng.uniform.default", "rng.bits.default"})
 _INDEXED = frozenset({
     "aten.arange.start_step", "rng.uniform.default", "rng.bits.default", "rng.advance.default",
 })  # fmt: skip

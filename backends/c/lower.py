@@ -107,7 +107,6 @@ class _Emitter:
     extra: list[Buffer] = field(default_factory=list[Buffer])
     constants: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
     names: dict[str, str] = field(default_factory=dict[str, str])
-    texts: dict[str, str] = field(default_factory=dict[str, str])
     calls: dict[str, list[Kernel]] = field(default_factory=dict[str, list[Kernel]])
 
     def __post_init__(self) -> None:
