@@ -52,6 +52,7 @@ enum {
 #endif
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 static int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 /* -- the tile ----------------------------------------------------------------------------------- */
@@ -311,7 +312,8 @@ typedef struct {
     int pairs, amx;
     int direct;               /* whether A is read where it is */
     int64_t rows, cols;       /* of a tile */
-    int64_t units, width, mc; /* units of K, the same padded, rows that share a panel */
+    int64_t k, units, width;  /* what is summed up, the same in units, these padded */
+    int64_t mc;               /* rows that share a panel */
 } Shape;
 
 static int use_amx(const ss_gemm *g) {
@@ -324,13 +326,20 @@ static int use_amx(const ss_gemm *g) {
 #endif
 }
 
+static Shape of_length(Shape s, int64_t k) {
+    s.k = k;
+    s.units = s.pairs ? (k + 1) / 2 : k;
+    s.width = s.amx ? blocks(s.units, AMX_UNITS) * AMX_UNITS : s.units;
+    return s;
+}
+
 static Shape shape_of(const ss_gemm *g) {
-    Shape s = {.g = g, .amx = use_amx(g), .rows = ROWS, .cols = COLS, .units = g->k, .mc = MC};
+    Shape s = {.g = g, .amx = use_amx(g), .rows = ROWS, .cols = COLS, .mc = MC};
     s.pairs = s.amx || (PAIRS && g->type == SS_BF16);
     if (s.amx) s.rows = AMX_ROWS, s.cols = AMX_COLS;
-    if (s.pairs) s.units = (g->k + 1) / 2;
-    s.width = s.amx ? blocks(s.units, AMX_UNITS) * AMX_UNITS : s.units;
-    s.direct = g->a_col == 1 && (g->type == SS_F32 || (s.pairs && g->k % 2 == 0));
+    s = of_length(s, g->k);
+    const int even = g->k % 2 == 0 && g->grouping != SS_GROUPS_OF_SUM;
+    s.direct = g->a_col == 1 && (g->type == SS_F32 || (s.pairs && even));
     if (s.amx) s.direct = s.direct && s.width == s.units;
     if (!s.direct) s.mc = least(s.mc, PACKED_A / (4 * (s.width > 0 ? s.width : 1)));
     s.mc = s.mc < s.rows ? s.rows : s.mc / s.rows * s.rows;
@@ -355,14 +364,14 @@ static void pack_a(const Shape *s, Source a, int64_t i, int64_t rows, float *pac
 #if SS_AMX
     if (s->amx) {
         for (int64_t r = s->direct ? rows / s->rows * s->rows : 0; r < rows; r += s->rows)
-            pack_rows(a, s->units, s->g->k, i + r, least(s->rows, rows - r), s->width,
+            pack_rows(a, s->units, s->k, i + r, least(s->rows, rows - r), s->width,
                       packed + (s->direct ? 0 : r * s->width));
         return;
     }
 #endif
     if (s->direct) return;
     for (int64_t r = 0; r < rows; r += ROWS)
-        pack(a, 0, s->units, s->g->k, i + r, least(ROWS, rows - r), ROWS, s->pairs,
+        pack(a, 0, s->units, s->k, i + r, least(ROWS, rows - r), ROWS, s->pairs,
              packed + r * s->units);
 }
 
@@ -392,13 +401,9 @@ static void multiply(const Shape *s, Source a, const float *packed, int64_t i, i
     }
 }
 
-/* Rows [i0, i1) and columns [j0, j1) of matrix number `batch`. */
-static void part(const Shape *s, const char *a, const char *b, int64_t batch, int64_t i0, int64_t i1,
-                 int64_t j0, int64_t j1, void *const *buffers, float *scratch) {
-    const ss_gemm *g = s->g;
-    const int64_t size = g->type == SS_F32 ? 4 : 2;
-    const Source left = {a + batch * g->a_batch * size, g->type, g->a_col, g->a_row};
-    const Source right = {b + batch * g->b_batch * size, g->type, g->b_row, g->b_col};
+/* Rows [i0, i1) and columns [j0, j1) of one product, which is matrix number `batch` of C. */
+static void product(const Shape *s, Source left, Source right, int64_t batch, int64_t i0, int64_t i1,
+                    int64_t j0, int64_t j1, void *const *buffers, float *scratch) {
     float *panel = scratch, *tiles = panel + panel_floats(s), *packed = tiles + tiles_floats(s);
     for (int64_t i = i0; i < i1; i += s->mc) {
         const int64_t rows = least(s->mc, i1 - i);
@@ -407,12 +412,12 @@ static void part(const Shape *s, const char *a, const char *b, int64_t batch, in
             const int64_t cols = least(s->cols, j1 - j);
             for (int64_t u = 0; u < s->units; u += KC) {
                 const int64_t units = least(KC, s->units - u), wide = least(KC, s->width - u);
-                pack(right, u, units, g->k, j, cols, s->cols, s->pairs, panel);
+                pack(right, u, units, s->k, j, cols, s->cols, s->pairs, panel);
                 memset(panel + units * s->cols, 0, 4 * (wide - units) * s->cols);
                 multiply(s, left, packed, i, rows, u, units, cols, panel, tiles);
             }
             if (s->units == 0) memset(tiles, 0, 4 * rows * s->cols);
-            g->finish(buffers, batch, i, j, rows, cols, tiles, s->cols);
+            s->g->finish(buffers, batch, i, j, rows, cols, tiles, s->cols);
         }
     }
 }
@@ -423,6 +428,49 @@ static void part(const Shape *s, const char *a, const char *b, int64_t batch, in
 typedef struct {
     int64_t down, across, high, wide;
 } Cut;
+
+typedef struct {
+    Shape s;
+    Cut c;
+    const char *a, *b;
+    const int32_t *ends;
+    void *const *buffers;
+    char *scratch;
+    int64_t each, parts, lanes; /* bytes of scratch of a thread; lanes: 0 where threads take parts */
+} Job;
+
+/* Where group `e` begins: at the end of the one before, within `size`. */
+static int64_t begin(const Job *job, int64_t e, int64_t size) {
+    return e == 0 ? 0 : least(most(job->ends[e - 1], 0), size);
+}
+
+/* Rows [i0, i1) and columns [j0, j1) of matrix number `batch`, group by group. */
+static void part(const Job *job, int64_t batch, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+                 float *scratch) {
+    const ss_gemm *g = job->s.g;
+    const int64_t size = g->type == SS_F32 ? 4 : 2;
+    Source left = {job->a + batch * g->a_batch * size, g->type, g->a_col, g->a_row};
+    Source right = {job->b + batch * g->b_batch * size, g->type, g->b_row, g->b_col};
+    if (g->grouping == SS_GROUPS_OF_ROWS) {
+        for (int64_t e = 0; e < g->groups; e++) {
+            const int64_t from = most(i0, begin(job, e, g->m));
+            const int64_t to = least(i1, begin(job, e + 1, g->m));
+            right.p = job->b + e * g->b_batch * size;
+            product(&job->s, left, right, batch, from, to, j0, j1, job->buffers, scratch);
+        }
+        const Shape empty = of_length(job->s, 0);
+        const int64_t behind = most(i0, begin(job, g->groups, g->m));
+        product(&empty, left, right, batch, behind, i1, j0, j1, job->buffers, scratch);
+    } else if (g->grouping == SS_GROUPS_OF_SUM) {
+        const int64_t from = begin(job, batch, g->k), to = begin(job, batch + 1, g->k);
+        const Shape own = of_length(job->s, most(to - from, 0));
+        left.p += from * g->a_col * size;
+        right.p += from * g->b_row * size;
+        product(&own, left, right, batch, i0, i1, j0, j1, job->buffers, scratch);
+    } else {
+        product(&job->s, left, right, batch, i0, i1, j0, j1, job->buffers, scratch);
+    }
+}
 
 /* At least `parts` parts where the matrix has that many tiles: rows first, since a block of rows
  * packs all of B for itself anyway. */
@@ -440,15 +488,6 @@ static Cut cut(const Shape *s, int64_t parts) {
     return c;
 }
 
-typedef struct {
-    Shape s;
-    Cut c;
-    const char *a, *b;
-    void *const *buffers;
-    char *scratch;
-    int64_t each, parts, lanes; /* bytes of scratch of a thread; lanes: 0 where threads take parts */
-} Job;
-
 static void one_part(const Job *job, int64_t p, int64_t slot) {
     const Cut c = job->c;
     const ss_gemm *g = job->s.g;
@@ -457,8 +496,8 @@ static void one_part(const Job *job, int64_t p, int64_t slot) {
 #if SS_AMX
     if (job->s.amx) ss_tile_start();
 #endif
-    part(&job->s, job->a, job->b, batch, i, least(i + c.high, g->m), j, least(j + c.wide, g->n),
-         job->buffers, (float *)(job->scratch + slot * job->each));
+    part(job, batch, i, least(i + c.high, g->m), j, least(j + c.wide, g->n),
+         (float *)(job->scratch + slot * job->each));
 #if SS_AMX
     if (job->s.amx) ss_tile_stop();
 #endif
@@ -476,10 +515,11 @@ static void take(void *context, int64_t p, int64_t worker) {
 /* Parts are taken as threads become free, a few for each: a thread that loses its core to another
  * process for a while holds up one part, not its share of the product. Where there are more threads
  * than the scratch was planned for, each place in the scratch has its own parts. */
-void ss_gemm_run(const ss_gemm *g, const void *a, const void *b, void *const *buffers,
-                 void *scratch, int64_t threads) {
-    Job job = {.s = shape_of(g), .a = a, .b = b, .buffers = buffers, .scratch = scratch};
-    const double work = (double)g->batch * g->m * g->n * (g->k + 8);
+void ss_gemm_run(const ss_gemm *g, const void *a, const void *b, const int32_t *ends,
+                 void *const *buffers, void *scratch, int64_t threads) {
+    Job job = {shape_of(g), .a = a, .b = b, .ends = ends, .buffers = buffers, .scratch = scratch};
+    const int64_t sums = g->grouping == SS_GROUPS_OF_SUM ? 1 : g->batch; /* of length k */
+    const double work = (double)sums * g->m * g->n * g->k + 8.0 * g->batch * g->m * g->n;
     const int64_t used = work < ALONE ? 1 : least(threads, ss_threads());
     job.each = ss_gemm_scratch(g);
     job.c = cut(&job.s, used == 1 ? 1 : work < LARGE ? used : SHARE * used);

@@ -9,6 +9,11 @@ typedef enum { SS_F32, SS_BF16 } ss_type;
 typedef void (*ss_finish)(void *const *b, int64_t batch, int64_t row, int64_t col, int64_t rows,
                           int64_t cols, const float *tile, int64_t stride);
 
+/* What the groups of a product are, which end at `ends[0] <= ends[1] <= ...`: rows of A and C, each
+ * group with a matrix of B to itself (rows behind the last group are 0); or stretches of the summed
+ * dimension, each with a matrix of C to itself. */
+typedef enum { SS_UNGROUPED, SS_GROUPS_OF_ROWS, SS_GROUPS_OF_SUM } ss_grouping;
+
 /* C[m,n] = A[m,k] B[k,n], `batch` times. Strides count elements. */
 typedef struct {
     int64_t batch, m, n, k;
@@ -16,11 +21,14 @@ typedef struct {
     int64_t a_batch, a_row, a_col;
     int64_t b_batch, b_row, b_col;
     ss_finish finish;                   /* stores a block of C */
+    ss_grouping grouping;
+    int64_t groups;
 } ss_gemm;
 
 /* Bytes of scratch that each thread needs. */
 int64_t ss_gemm_scratch(const ss_gemm *g);
 
-/* The product, block by block to `finish`; `threads` is how many the scratch is for. */
-void ss_gemm_run(const ss_gemm *g, const void *a, const void *b, void *const *buffers,
-                 void *scratch, int64_t threads);
+/* The product, block by block to `finish`; `threads` is how many the scratch is for. `ends` has
+ * `groups` numbers; ends beyond what they divide count as its size. */
+void ss_gemm_run(const ss_gemm *g, const void *a, const void *b, const int32_t *ends,
+                 void *const *buffers, void *scratch, int64_t threads);

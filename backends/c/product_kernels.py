@@ -12,7 +12,7 @@ from .expressions import rounded
 from .groups import Placed
 from .kernels import Kernel, KernelWriter, Loop
 from .nodes import Node, Ref
-from .products import axes_of
+from .products import axes_of, grouping_of
 
 ROWS, COLS, KC, MC, PACKED_A = 32, 48, 384, 256, 2 << 20  # at least those of gemm.c
 AXES = ("batch", "row", "col")
@@ -64,12 +64,11 @@ class ProductWriter(KernelWriter):
             " int64_t rows,\n                     int64_t cols, const float *tile,"
             f" int64_t stride) {{\n{self._body_text()}\n}}\n"
         )
-        a, b = self._sides()
+        a, b, *ends = self.product.node.refs
         scratch, threads = self._scratch()
-        call = (
-            f"    ss_gemm_run(&g, {self._side(a)}, {self._side(b)}, b, b[{len(self.pointers)}],"
-            f" {threads});"
-        )
+        sides = f"{self._side(a)}, {self._side(b)}"
+        groups = f"(const int32_t *)({self._side(ends[0])})" if ends else "0"
+        call = f"    ss_gemm_run(&g, {sides}, {groups}, b, b[{len(self.pointers)}], {threads});"
         return self._finish(f"{self._shape(a, b)}\n{call}", helper, scratch)
 
     def _epilogue(self) -> None:
@@ -84,10 +83,6 @@ class ProductWriter(KernelWriter):
 
     # -- the product itself --------------------------------------------------------------------
 
-    def _sides(self) -> tuple[Ref, Ref]:
-        a, b = self.product.node.refs
-        return a, b
-
     def _side(self, ref: Ref) -> str:
         pointer, left = self._pointer(ref.base, ref.layout.offset)
         offset = f" + {left * ref.dtype.itemsize}" if left else ""
@@ -98,14 +93,16 @@ class ProductWriter(KernelWriter):
         return ", ".join(map(str, strides))
 
     def _shape(self, a: Ref, b: Ref) -> str:
-        k = a.shape[-1]
+        k, op = a.shape[-1], self.product.node.op
+        grouping = grouping_of(op)
+        groups = f"        {grouping}, {op.inputs[2].type.numel},\n" * (grouping != "SS_UNGROUPED")
         sizes = ", ".join(str(self.sizes[axis]) for axis in AXES)
         return (
             f"    static const ss_gemm g = {{\n"
             f"        {sizes}, {k}, {TYPES[a.dtype]},  // matrices, rows, columns, summed\n"
             f"        {self._strides(a)},  // A\n"
             f"        {self._strides(b)},  // B\n"
-            f"        @_finish,\n"
+            f"        @_finish,\n{groups}"
             f"    }};"
         )
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from shoestring.ir import Op, operand_values
+from shoestring.ir import Op, Value, operand_values
 
 from .atoms import Atoms, Run
 
@@ -18,6 +18,7 @@ Axes = tuple[Run, Run, Run]
 
 PRODUCTS = frozenset({"aten.mm.default", "aten.bmm.default"})
 BIASED = frozenset({"aten.addmm.default", "aten.baddbmm.default"})
+GROUPED = "aten._grouped_mm.default"
 TYPES = frozenset({torch.float32, torch.bfloat16})
 LEAST = 4  # rows and columns; below, a product is a sum over memory, which the library does better
 
@@ -28,14 +29,32 @@ def has_bias(op: Op) -> bool:
 
 def is_product(op: Op) -> bool:
     """Whether generated code takes the op: f32 or bf16 matrices that are not vectors."""
-    if op.name not in PRODUCTS | BIASED:
-        return False
-    if has_bias(op) and (op.attrs.get("alpha", 1) != 1 or op.attrs.get("beta", 1) != 1):
+    if has_bias(op):
+        known = op.attrs.get("alpha", 1) == op.attrs.get("beta", 1) == 1
+    else:
+        known = op.name in PRODUCTS or (op.name == GROUPED and _has_groups(op))
+    if not known:
         return False
     types = [v.type for v in operand_values(op.operands)]
     out = op.result.type
-    same = all(t.dtype is out.dtype for t in types) and out.dtype in TYPES
-    return same and all(t.numel for t in types) and min(out.static_shape[-2:]) >= LEAST
+    same = all(t.dtype is out.dtype for t in types if t.dtype is not torch.int32)
+    fits = out.dtype in TYPES and min(out.static_shape[-2:]) >= LEAST
+    return same and fits and all(t.numel for t in types)
+
+
+def _has_groups(op: Op) -> bool:
+    """Whether each group of rows meets a matrix, or each group of the sum makes one."""
+    a, b, ends, bias = op.operands
+    if not (isinstance(a, Value) and isinstance(b, Value) and isinstance(ends, Value)):
+        return False
+    return bias is None and a.type.rank == 2 and ends.type.dtype is torch.int32
+
+
+def grouping_of(op: Op) -> str:
+    """The `ss_grouping` of a product."""
+    if op.name != GROUPED:
+        return "SS_UNGROUPED"
+    return "SS_GROUPS_OF_ROWS" if op.inputs[1].type.rank == 3 else "SS_GROUPS_OF_SUM"
 
 
 def axes_of(atoms: Atoms, dims: Sequence[Run]) -> Axes:

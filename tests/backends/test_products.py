@@ -79,6 +79,96 @@ def kernels(executable: CExecutable) -> list[str]:
     return [i.kernel for i in executable.instructions if isinstance(i, CallKernel)]
 
 
+BOUNDS = (0, 5, 5, 40, 57)  # where groups end: the first and the third are empty
+
+
+def by_rows(x: torch.Tensor, y: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Each group of rows times its matrix; rows behind the last group are 0."""
+    out = torch.zeros(x.shape[0], y.shape[2], dtype=torch.float64)
+    start = 0
+    for e, end in enumerate(ends.tolist()):
+        out[start:end] = x[start:end].double() @ y[e].double()
+        start = end
+    return out
+
+
+def by_sum(x: torch.Tensor, y: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The product of each group of columns of `x` and rows of `y`."""
+    starts = [0, *ends.tolist()[:-1]]
+    pairs = zip(starts, ends.tolist(), strict=True)
+    return torch.stack([x[:, a:b].double() @ y[a:b].double() for a, b in pairs])
+
+
+def grouped(dtype: str, left: bool, right: bool, *, rows: int, sums: bool) -> Function:
+    """A product by groups of rows, or one that sums each group up; its sides stored turned."""
+    b, count = Builder("grouped"), len(BOUNDS)
+
+    def side(shape: list[int], turned: bool, name: str) -> Value:
+        stored = [*shape[:-2], shape[-1], shape[-2]] if turned else shape
+        t = parse_type(f"{dtype}[{','.join(map(str, stored))}]")
+        x = b.param(t, Role.BATCH, name)
+        return turn(b, x, len(shape)) if turned else x
+
+    x = side([33, rows] if sums else [rows, 33], left, "x")
+    y = side([rows, 21] if sums else [count, 33, 21], right, "y")
+    ends = b.param(parse_type(f"i32[{count}]"), Role.BATCH, "ends")
+    out = b.emit("aten._grouped_mm.default", x, y, ends, None)
+    b.output("out", b.emit("aten.relu.default", out))
+    return b.build()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("sums", [False, True])
+def test_groups(dtype: str, sums: bool) -> None:
+    for left, right in itertools.product([False, True], repeat=2):
+        function = grouped(dtype, left, right, rows=BOUNDS[-1], sums=sums)
+        given = [*arguments(function)[:2], torch.tensor(BOUNDS, dtype=torch.int32)]
+        executable = CBackend().compile(function)
+        assert len(kernels(executable)) == len(executable.instructions) == 1
+        x, y = (g.mT if t else g for g, t in zip(given, (left, right), strict=False))
+        wanted = (by_sum if sums else by_rows)(x, y, given[2]).relu()
+        found = executable.run(given)[0].double()
+        limit = TOLERANCE[given[0].dtype]
+        torch.testing.assert_close(found, wanted, rtol=limit, atol=limit * 5)
+
+
+@pytest.mark.parametrize("ends", [(3, 3, 3, 3, 9), (9, 2, 5, 80, 99), (-4, 0, 0, 0, 0)])
+def test_ends_that_do_not_fit_stay_within_memory(ends: tuple[int, ...]) -> None:
+    """Rows behind the last group are 0; PyTorch leaves them as they were."""
+    function = grouped("f32", False, True, rows=BOUNDS[-1], sums=False)
+    given = [*arguments(function)[:2], torch.tensor(ends, dtype=torch.int32)]
+    found = CBackend().compile(function).run(given)[0]
+    assert found.isfinite().all()
+    assert not found[max(ends[-1], 0) :].any()
+
+
+def test_update_of_experts_in_the_epilogue() -> None:
+    executable = check_groups(
+        """
+func @update {
+  parameter %w: f32[3,24,40] "w" -> %new
+  batch %x: f32[32,24] "x"
+  batch %g: f32[32,40] "g"
+  batch %ends: i32[3] "ends"
+  %xt: f32[24,32] = aten.permute.default(%x) {dims=[1,0]}
+  %grad: f32[3,24,40] = aten._grouped_mm.default(%xt, %g, %ends, _)
+  %step: f32[3,24,40] = aten.mul.Tensor(%grad, 0.1)
+  %new: f32[3,24,40] = aten.sub.Tensor(%w, %step)
+  return
+}
+"""
+    )
+    assert len(executable.instructions) == 1
+
+
+def check_groups(text: str) -> CExecutable:
+    function = parse(text)
+    *floats, ends = (p.value.type for p in function.params)
+    assert ends.dtype is torch.int32
+    given = [*map(random, floats), torch.tensor([7, 7, 32], dtype=torch.int32)]
+    return compare(function, given, rtol=2e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("right", [False, True])
@@ -238,16 +328,18 @@ static void store(void *const *b, int64_t batch, int64_t row, int64_t col, int64
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < cols; j++) c[(row + i) * size[1] + col + j] = tile[i * stride + j];
 }
-int64_t product(void *a, void *b, float *c, const int64_t *s, void *scratch) {
+int64_t product(void *a, void *b, void *ends, float *c, const int64_t *s, void *scratch) {
     int64_t size[2] = {s[1], s[2]};
     void *buffers[2] = {c, size};
-    ss_gemm g = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], store};
-    if (scratch) ss_gemm_run(&g, a, b, buffers, scratch, 2);
+    ss_gemm g = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], store,
+                 s[11], s[12]};
+    if (scratch) ss_gemm_run(&g, a, b, ends, buffers, scratch, 2);
     return ss_gemm_scratch(&g);
 }
 """
 
 
+LIMITS = {"rtol": 1e-4, "atol": 1e-4}
 PATHS = {
     "4 lanes": ["-DSS_NARROW=4"],
     "8 lanes": ["-DSS_NARROW=8"],
@@ -259,31 +351,60 @@ PATHS = {
 @pytest.mark.parametrize("path", PATHS)
 def test_paths_of_other_machines(path: str, tmp_path: Path) -> None:
     """Narrower vectors, and tile registers in software."""
-    (tmp_path / "store.c").write_text(STORE)
-    command = [find_compiler(), *flags(), *PATHS[path], "-I", str(HERE), "-shared", "store.c",
-               str(HERE / "gemm.c"), str(HERE / "pool.c"), "-o", "product.so"]  # fmt: skip
-    subprocess.run(command, cwd=tmp_path, check=True)
-    library = ctypes.CDLL(str(tmp_path / "product.so"))
-    library.product.restype = ctypes.c_int64
-    library.ss_pool_resize(ctypes.c_int64(2))
+    library = library_of(path, tmp_path)
     for (m, k, n), dtype in itertools.product(
         [(4, 1, 4), (7, 33, 50), (33, 32, 31), (64, 96, 48), (257, 769, 49)], TOLERANCE
     ):
         for left, right in itertools.product([False, True], repeat=2):
             x, y = values((m, k), dtype, left), values((k, n), dtype, right)
-            assert_product(library, x, y)
+            wanted = x.double() @ y.double()
+            numbers = [1, m, n, k, kind_of(x), 0, *x.stride(), 0, *y.stride(), 0, 0]
+            torch.testing.assert_close(run(library, x, y, None, wanted, numbers), wanted, **LIMITS)
 
 
-def assert_product(library: ctypes.CDLL, x: torch.Tensor, y: torch.Tensor) -> None:
-    out = torch.full((x.shape[0], y.shape[1]), torch.nan)
-    kind = [torch.float32, torch.bfloat16].index(x.dtype)
-    numbers = [1, x.shape[0], y.shape[1], x.shape[1], kind, 0, *x.stride(), 0, *y.stride()]
-    sizes = (ctypes.c_int64 * 11)(*numbers)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, y, out)]
+@pytest.mark.parametrize("path", PATHS)
+def test_groups_on_paths_of_other_machines(path: str, tmp_path: Path) -> None:
+    library = library_of(path, tmp_path)
+    for (m, k, n), dtype in itertools.product([(70, 33, 50), (129, 70, 31)], TOLERANCE):
+        for left, right in itertools.product([False, True], repeat=2):
+            e, ends = len(BOUNDS), torch.tensor([*BOUNDS[:-1], 70], dtype=torch.int32)
+            x, y = values((m, k), dtype, left), values((e, k, n), dtype, right)
+            wanted = by_rows(x, y, ends)
+            numbers = [1, m, n, k, kind_of(x), 0, *x.stride(), *y.stride(), 1, e]
+            torch.testing.assert_close(run(library, x, y, ends, wanted, numbers), wanted, **LIMITS)
+            x, y = values((k, m), dtype, left), values((m, n), dtype, right)
+            wanted = by_sum(x, y, ends)
+            numbers = [e, k, n, m, kind_of(x), 0, *x.stride(), 0, *y.stride(), 2, e]
+            torch.testing.assert_close(run(library, x, y, ends, wanted, numbers), wanted, **LIMITS)
+
+
+def library_of(path: str, folder: Path) -> ctypes.CDLL:
+    (folder / "store.c").write_text(STORE)
+    command = [find_compiler(), *flags(), *PATHS[path], "-I", str(HERE), "-shared", "store.c",
+               str(HERE / "gemm.c"), str(HERE / "pool.c"), "-o", "product.so"]  # fmt: skip
+    subprocess.run(command, cwd=folder, check=True)
+    library = ctypes.CDLL(str(folder / "product.so"))
+    library.product.restype = ctypes.c_int64
+    library.ss_pool_resize(ctypes.c_int64(2))
+    return library
+
+
+def kind_of(x: torch.Tensor) -> int:
+    return [torch.float32, torch.bfloat16].index(x.dtype)
+
+
+def run(
+    library: ctypes.CDLL, x: torch.Tensor, y: torch.Tensor, ends: torch.Tensor | None,
+    like: torch.Tensor, numbers: list[int],
+) -> torch.Tensor:  # fmt: skip
+    """The product of gemm.c, in f64."""
+    out = torch.full(like.shape, torch.nan)
+    sizes = (ctypes.c_int64 * 13)(*numbers)
+    given = [x, y, ends, out]
+    pointers = [ctypes.c_void_p(t.data_ptr() if t is not None else None) for t in given]
     scratch = torch.empty(2 * library.product(*pointers, sizes, None), dtype=torch.uint8)
     library.product(*pointers, sizes, ctypes.c_void_p(scratch.data_ptr()))
-    wanted = x.double() @ y.double()
-    torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-4)
+    return out.double()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="tile registers are of x86-64")
