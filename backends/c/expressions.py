@@ -491,6 +491,8 @@ EXPRESSIONS: dict[str, Expression] = {
     "rng.bits.default": Expression(_bits, "key"),
     "rng.advance.default": Expression(lambda u: f"({u.arg(0)} + ({u.index} == 1))"),
 }
+# Ops whose second operand, where it is one number, PyTorch does not round to a half's type first.
+EXACT_NUMBER = frozenset({"aten.mul.Tensor", "aten.div.Tensor", "aten.div.Tensor_mode"})
 # Ops of which every element costs so much that computing it twice costs more than memory.
 EXPENSIVE = frozenset(
     f"aten.{n}.default"

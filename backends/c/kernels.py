@@ -26,6 +26,7 @@ from shoestring.ir import DTYPE_NAMES
 from ..instructions import Buffer, contiguous_strides
 from .atoms import Atoms, strides_of
 from .expressions import (
+    EXACT_NUMBER,
     EXPENSIVE,
     EXPRESSIONS,
     FLOATS,
@@ -384,7 +385,9 @@ class KernelWriter:
         kinds = [(o[1], o[2]) if isinstance(o, tuple) else o for o in operands]
         attrs = dict(node.attrs)
         dtype = arithmetic_type(expression.rule, kinds, attrs, out)
-        args = tuple(self._arg(o, dtype) for o in operands)
+        args = tuple(
+            self._arg(self._promoted(node, i, o, out), dtype) for i, o in enumerate(operands)
+        )
         raw = tuple(_raw(o) for o in operands)
         index = self._index(placed)
         text = expression.write(Use(args, dtype, attrs, index, out, raw))
@@ -407,6 +410,20 @@ class KernelWriter:
             (self._operand(placed, o), o.dtype, len(o.shape)) if isinstance(o, Ref) else o
             for o in node.operands
         ]
+
+    def _promoted(self, node: Node, i: int, operand: object, out: torch.dtype) -> object:
+        """An operand as PyTorch promotes it: what meets halves, and makes one, is rounded first.
+
+        The sum of a product and its bias is rounded but once: nodes that are not the op itself.
+        """
+        source = node.operands[i] if i < len(node.operands) else None
+        if out not in HALVES or not isinstance(source, Ref) or not isinstance(operand, tuple):
+            return operand
+        exact = node.name in EXACT_NUMBER and i == 1 and source.layout.numel == 1
+        if exact or node.name != node.op.name or source.dtype in (*HALVES, torch.bool):
+            return operand
+        text, old, rank = operand
+        return cast(text, old, out), out, rank
 
     def _arg(self, operand: object, dtype: torch.dtype) -> str | None:
         if operand is None:

@@ -93,9 +93,9 @@ class ProductWriter(KernelWriter):
         return ", ".join(map(str, strides))
 
     def _shape(self, a: Ref, b: Ref) -> str:
-        k, op = a.shape[-1], self.product.node.op
-        grouping = grouping_of(op)
-        groups = f"        {grouping}, {op.inputs[2].type.numel},\n" * (grouping != "SS_UNGROUPED")
+        k = a.shape[-1]
+        grouping, count = grouping_of(self.product.node.op)
+        groups = f"        {grouping}, {count},\n" if count else ""
         sizes = ", ".join(str(self.sizes[axis]) for axis in AXES)
         return (
             f"    static const ss_gemm g = {{\n"

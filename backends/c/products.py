@@ -50,11 +50,12 @@ def _has_groups(op: Op) -> bool:
     return bias is None and a.type.rank == 2 and ends.type.dtype is torch.int32
 
 
-def grouping_of(op: Op) -> str:
-    """The `ss_grouping` of a product."""
+def grouping_of(op: Op) -> tuple[str, int]:
+    """The `ss_grouping` of a product, and how many groups it has."""
     if op.name != GROUPED:
-        return "SS_UNGROUPED"
-    return "SS_GROUPS_OF_ROWS" if op.inputs[1].type.rank == 3 else "SS_GROUPS_OF_SUM"
+        return "SS_UNGROUPED", 0
+    _, b, ends = op.inputs
+    return "SS_GROUPS_OF_ROWS" if b.type.rank == 3 else "SS_GROUPS_OF_SUM", ends.type.numel
 
 
 def axes_of(atoms: Atoms, dims: Sequence[Run]) -> Axes:

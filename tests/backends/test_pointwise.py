@@ -100,3 +100,21 @@ def test_gelu_of_finite_numbers(dtype: torch.dtype) -> None:
     for kind in ("none", "tanh"):
         b.output(kind, b.emit("aten.gelu.default", x, approximate=kind))
     compare(b.build(), [sample(dtype, (33, 7), 0, special=False)])
+
+
+MIXED = ("add.Tensor", "sub.Tensor", "rsub.Tensor", "mul.Tensor", "div.Tensor", "pow.Tensor_Tensor",
+         "maximum.default", "remainder.Tensor", "fmod.Tensor", "atan2.default")  # fmt: skip
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("other", [torch.float32, torch.float64, torch.int64], ids=str)
+def test_halves_and_one_number_of_another_type(half: torch.dtype, other: torch.dtype) -> None:
+    """PyTorch rounds the number to the half's type first, but not the second of a product."""
+    b = Builder("mixed")
+    x = b.param(TensorType(half, (257,)), Role.BATCH, "x")
+    y = b.param(TensorType(other, ()), Role.BATCH, "y")
+    for name in MIXED:
+        b.output(f"{name} x, y", b.emit(f"aten.{name}", x, y))
+        b.output(f"{name} y, x", b.emit(f"aten.{name}", y, x))
+    given = sample(half, (257,), 0, special=False).abs() + 0.25
+    compare(b.build(), [given, torch.tensor(1.2345 if other.is_floating_point else 1001).to(other)])

@@ -339,7 +339,6 @@ int64_t product(void *a, void *b, void *ends, float *c, const int64_t *s, void *
 """
 
 
-LIMITS = {"rtol": 1e-4, "atol": 1e-4}
 PATHS = {
     "4 lanes": ["-DSS_NARROW=4"],
     "8 lanes": ["-DSS_NARROW=8"],
@@ -359,7 +358,7 @@ def test_paths_of_other_machines(path: str, tmp_path: Path) -> None:
             x, y = values((m, k), dtype, left), values((k, n), dtype, right)
             wanted = x.double() @ y.double()
             numbers = [1, m, n, k, kind_of(x), 0, *x.stride(), 0, *y.stride(), 0, 0]
-            torch.testing.assert_close(run(library, x, y, None, wanted, numbers), wanted, **LIMITS)
+            assert_near(run(library, x, y, None, wanted, numbers), wanted)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -371,11 +370,11 @@ def test_groups_on_paths_of_other_machines(path: str, tmp_path: Path) -> None:
             x, y = values((m, k), dtype, left), values((e, k, n), dtype, right)
             wanted = by_rows(x, y, ends)
             numbers = [1, m, n, k, kind_of(x), 0, *x.stride(), *y.stride(), 1, e]
-            torch.testing.assert_close(run(library, x, y, ends, wanted, numbers), wanted, **LIMITS)
+            assert_near(run(library, x, y, ends, wanted, numbers), wanted)
             x, y = values((k, m), dtype, left), values((m, n), dtype, right)
             wanted = by_sum(x, y, ends)
             numbers = [e, k, n, m, kind_of(x), 0, *x.stride(), 0, *y.stride(), 2, e]
-            torch.testing.assert_close(run(library, x, y, ends, wanted, numbers), wanted, **LIMITS)
+            assert_near(run(library, x, y, ends, wanted, numbers), wanted)
 
 
 def library_of(path: str, folder: Path) -> ctypes.CDLL:
@@ -387,6 +386,10 @@ def library_of(path: str, folder: Path) -> ctypes.CDLL:
     library.product.restype = ctypes.c_int64
     library.ss_pool_resize(ctypes.c_int64(2))
     return library
+
+
+def assert_near(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def kind_of(x: torch.Tensor) -> int:

@@ -2,7 +2,8 @@
 
 First each tensor is held to the tolerance of its own element type. Where that fails, the program
 itself is asked how far rounding carries: it is run with every floating-point result disturbed by
-about one unit in the last place, and the spread of those runs widens the tolerance. So a program
+about one unit in the last place, and every element that is summed up too, and the spread of those
+runs widens the tolerance. So a program
 that is tame stays tightly checked, and one that amplifies rounding (a comparison of nearly equal
 numbers, half precision) does not raise false alarms.
 """
@@ -28,6 +29,7 @@ NOISY_RUNS = 4
 
 Outcome = dict[str, torch.Tensor]
 QUIET = frozenset({Kind.VIEW, Kind.CREATION, Kind.RANDOM})
+SUMS = frozenset({Kind.REDUCTION, Kind.CONTRACTION})
 # These round as IEEE 754 says or not at all: nothing can differ that did not differ before. What
 # selects an element of its operand must give this very element: gradients look for it.
 EXACT = frozenset(
@@ -96,8 +98,12 @@ def disturbed(
     env = {p.value: t.detach() for p, t in zip(function.params, arguments, strict=True)}
     with torch.no_grad():
         for op in function.ops:
-            results = run_op(op, env)
-            if seed is not None and op.opdef.kind not in QUIET and op.name not in EXACT:
+            rounds = seed is not None and op.opdef.kind not in QUIET and op.name not in EXACT
+            given = env
+            if rounds and op.opdef.kind in SUMS:
+                given = {v: _shaken(env[v], generator) for v in op.inputs}
+            results = run_op(op, given)
+            if rounds:
                 results = tuple(_shaken(t, generator) for t in results)
             env.update(zip(op.results, results, strict=True))
     return {v: env[v] for v in function.results}

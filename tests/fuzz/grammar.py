@@ -116,10 +116,11 @@ def _within(t: torch.Tensor, limit: int) -> bool:
 
 # -- pointwise -----------------------------------------------------------------------------------
 
+# At infinity PyTorch's gelu is NaN or infinity: its vector code and its scalar code differ.
 UNARY = (
     "torch.sin({0})", "torch.cos({0})", "torch.tanh({0})", "torch.sigmoid({0})",
     "torch.exp({0}.clamp(max=2))", "torch.exp(-{0} * {0})", "torch.expm1({0}.clamp(max=1.5))",
-    "F.gelu({0})", "F.gelu({0}, approximate='tanh')", "F.silu({0})", "F.softplus({0})",
+    "F.gelu({0}.clamp(max=9))", "F.gelu({0}, approximate='tanh')", "F.silu({0})", "F.softplus({0})",
     "F.mish({0})", "torch.erf({0})", "torch.atan({0})", "torch.log({0}.abs() + 0.5)",
     "torch.log1p({0}.abs())", "torch.log2({0}.abs() + 1)", "torch.sqrt({0} * {0} + 0.25)",
     "torch.rsqrt({0} * {0} + 0.5)", "torch.reciprocal({0}.abs() + 0.5)", "-{0}", "{0}.square()",
@@ -680,7 +681,7 @@ def autograd(s: Scope) -> Stmt | None:
     code = s.one(
         "ScaleGradient.apply({0}, 0.5)", "StraightThrough.apply({0})", "{0}.detach()", "{0}.detach() * {1}",
         "checkpoint(lambda a, b: torch.tanh(a * b).sin() * a, {0}, {1}, use_reentrant=False)",
-        "checkpoint(lambda a: F.gelu(a) * a.sigmoid(), {0}, use_reentrant=False)",
+        "checkpoint(lambda a: F.gelu(a.clamp(max=9)) * a.sigmoid(), {0}, use_reentrant=False)",
         "checkpoint(lambda a: (a.exp().clamp(max=3)).log1p().view(-1), {0}, use_reentrant=False)",
         "({0} - {0}.detach()) + StraightThrough.apply({1})",
     )  # fmt: skip
