@@ -40,6 +40,8 @@ enum {
     AMX_COLS = 32,
     AMX_UNITS = 16,          /* units of K that one multiplication of tile registers takes */
     PACKED_A = 2 << 20,      /* most bytes of packed A at a time */
+    PACK_UNITS = 32,         /* units of K that are packed of all rows before the next */
+    PACK_A = 6, PACK_B = 4,  /* cost of packing one element, in multiply-adds */
     ALONE = 1 << 17,         /* multiply-adds below which one thread is faster */
     LARGE = 1 << 25,         /* multiply-adds from which on each thread has SHARE parts */
     SHARE = 4,
@@ -370,9 +372,11 @@ static void pack_a(const Shape *s, Source a, int64_t i, int64_t rows, float *pac
     }
 #endif
     if (s->direct) return;
-    for (int64_t r = 0; r < rows; r += ROWS)
-        pack(a, 0, s->units, s->k, i + r, least(ROWS, rows - r), ROWS, s->pairs,
-             packed + r * s->units);
+    /* All rows of a few units before the next units: rows may be neighbours in memory. */
+    for (int64_t u = 0; u < s->units; u += PACK_UNITS)
+        for (int64_t r = 0; r < rows; r += ROWS)
+            pack(a, u, least(PACK_UNITS, s->units - u), s->k, i + r, least(ROWS, rows - r), ROWS,
+                 s->pairs, packed + r * s->units + u * ROWS);
 }
 
 /* tiles[rows, cols] (+)= A[rows, units from u on] * panel. */
@@ -472,20 +476,34 @@ static void part(const Job *job, int64_t batch, int64_t i0, int64_t i1, int64_t 
     }
 }
 
-/* At least `parts` parts where the matrix has that many tiles: rows first, since a block of rows
- * packs all of B for itself anyway. */
-static Cut cut(const Shape *s, int64_t parts) {
+/* About how long a part of `rows` x `cols` takes: multiply-adds and the packing of both sides. */
+static double part_cost(const Shape *s, int64_t rows, int64_t cols) {
+    const double a = s->direct ? 0 : PACK_A * (double)rows;
+    const double b = PACK_B * (double)cols * blocks(rows, s->mc);
+    return ((double)rows * cols + a + b) * s->units;
+}
+
+/* At least `parts` parts where the matrix has that many tiles, for `threads`: those that take the
+ * least time, given that each part packs its rows of A and its columns of B for itself. */
+static Cut cut(const Shape *s, int64_t parts, int64_t threads) {
     const ss_gemm *g = s->g;
     const int64_t high = blocks(g->m, s->rows), wide = blocks(g->n, s->cols);
-    Cut c = {.down = parts > g->batch ? blocks(g->m, s->mc) : 1, .across = 1};
-    const int64_t have = g->batch * c.down;
-    if (have < parts) c.across = least(wide, blocks(parts, have));
-    if (have * c.across < parts) c.down = least(high, blocks(parts, g->batch * c.across));
-    c.high = blocks(high, c.down) * s->rows;
-    c.wide = blocks(wide, c.across) * s->cols;
-    c.down = blocks(g->m, c.high);
-    c.across = blocks(g->n, c.wide);
-    return c;
+    const int64_t each = blocks(parts, g->batch);
+    Cut best = {0};
+    double least_cost = 0;
+    for (int64_t across = 1; across <= least(wide, each); across++) {
+        const int64_t down = least(high, blocks(each, across));
+        if (across < least(wide, each) && down * across < each) continue;
+        Cut c = {.high = blocks(high, down) * s->rows, .wide = blocks(wide, across) * s->cols};
+        c.down = blocks(g->m, c.high);
+        c.across = blocks(g->n, c.wide);
+        const int64_t turns = blocks(g->batch * c.down * c.across, threads);
+        const double cost = turns * part_cost(s, least(c.high, g->m), least(c.wide, g->n));
+        if (best.down && cost >= least_cost) continue;
+        best = c;
+        least_cost = cost;
+    }
+    return best;
 }
 
 static void one_part(const Job *job, int64_t p, int64_t slot) {
@@ -522,7 +540,7 @@ void ss_gemm_run(const ss_gemm *g, const void *a, const void *b, const int32_t *
     const double work = (double)sums * g->m * g->n * g->k + 8.0 * g->batch * g->m * g->n;
     const int64_t used = work < ALONE ? 1 : least(threads, ss_threads());
     job.each = ss_gemm_scratch(g);
-    job.c = cut(&job.s, used == 1 ? 1 : work < LARGE ? used : SHARE * used);
+    job.c = cut(&job.s, used == 1 ? 1 : work < LARGE ? used : SHARE * used, used);
     job.parts = g->batch * job.c.down * job.c.across;
     job.lanes = used == 1 ? 1 : ss_threads() > threads ? threads : 0;
     ss_parallel(take, &job, job.lanes ? job.lanes : job.parts);
