@@ -26,6 +26,7 @@ from .reductions import has_reduction, reduced_dims
 
 # A constant of more elements than this is computed by each step instead of being kept.
 LARGEST_CONSTANT = 1 << 22
+ROW_MAJOR = frozenset({Kind.COMPOSITE, Kind.OPAQUE})
 
 
 @dataclass(eq=False, slots=True)
@@ -265,7 +266,9 @@ class WorkList:
         return self.in_memory(operand, op) if isinstance(operand, Ref) else operand
 
     def in_memory(self, ref: Ref, op: Op) -> Ref:
-        return ref if ref.wide is None else self.contiguous(ref, op)
+        """Kernels of larger ops may take some operands to be in row-major order unasked."""
+        ordered = op.opdef.kind in ROW_MAJOR and ref.layout.strides != row_major(ref.shape).strides
+        return self.contiguous(ref, op) if ordered or ref.wide is not None else ref
 
     def trivial(self, op: Op) -> bool:
         """A reduction over dimensions of size one is a conversion."""

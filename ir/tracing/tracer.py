@@ -448,6 +448,10 @@ class Tracer(TorchDispatchMode):
         number: Operand = given
         return number
 
+    def share_storage(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """Whether writing one of two tensors may change the other."""
+        return self._record_of(a).storage is self._record_of(b).storage
+
     def _record_of(self, tensor: torch.Tensor) -> Record:
         record = self._records.get(id(tensor))
         if record is not None:

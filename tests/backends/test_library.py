@@ -75,3 +75,21 @@ def test_losses_of_mixed_types(name: str, shape: tuple[int, ...]) -> None:
         (found,) = interpret(function, given)[0]
         assert type_of(found) == function.outputs[0].value.type
         compare(function, given)
+
+
+def test_statistics_that_are_one_number_expanded() -> None:
+    """PyTorch's kernel takes them to be contiguous, and reads beside the number otherwise."""
+    b = Builder("norm")
+    grad, x = (b.param(parse_type("f64[10,5]"), Role.BATCH, n) for n in ("grad", "x"))
+    weight, mean = (b.param(parse_type(f"f64[{n}]"), Role.BATCH, f"p{n}") for n in ("5", "1"))
+    wide = b.emit("aten.expand.default", mean, size=[5])
+    ones = b.emit("aten.ones_like.default", wide)
+    none = b.emit("aten.empty.memory_format", size=[0], dtype=torch.float64)
+    found = b.emit_all(
+        "aten.native_batch_norm_backward.default", grad, x, weight, wide, ones, none, none,
+        train=False, eps=0.1, output_mask=[True, True, True],
+    )  # fmt: skip
+    for name, value in zip(("x", "weight", "bias"), found, strict=True):
+        b.output(name, value)
+    function = b.build()
+    compare(function, [torch.randn(p.value.type.static_shape).double() for p in function.params])

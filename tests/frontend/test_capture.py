@@ -216,6 +216,23 @@ def test_batch_norm_in_eval_mode() -> None:
     trains_like_eager(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 2)).eval())
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_norm_whose_scale_shares_memory_with_its_statistics(training: bool) -> None:
+    """PyTorch updates the statistics first, so the scale is the new one."""
+
+    class Shared(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = nn.Buffer(torch.tensor([0.5, 0.7, 0.9, 1.1, 1.3, 1.5]))
+
+        def forward(self, x: Any) -> Any:
+            ones, scale = torch.ones_like(self.mean), self.mean.view(-1)
+            x = nn.functional.batch_norm(x, self.mean, ones, scale, scale, training, 0.5)
+            return super().forward(x)
+
+    trains_like_eager(Shared())
+
+
 def test_tied_and_frozen_parameters() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
     model[1].weight = model[0].weight
