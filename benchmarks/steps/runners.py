@@ -22,6 +22,7 @@ from .roofline import Work
 CONTENDERS = ("shoestring", "eager", "compile", "max-autotune", "jax")
 PEERS = CONTENDERS[1:]
 NAMED_OPS = 6  # of a kernel, in a profile
+OF_OPTIMIZERS = "torch._dynamo"  # which every optimizer of PyTorch imports when it is made
 
 
 class Unavailable(Exception):
@@ -77,6 +78,7 @@ class TorchRunner:
     precision: str
 
     def imports(self) -> None:
+        importlib.import_module(OF_OPTIMIZERS)
         if self.contender != "eager":
             importlib.import_module("torch._inductor.compile_fx")
 
@@ -113,6 +115,7 @@ class ShoestringRunner:
     precision: str
 
     def imports(self) -> None:
+        importlib.import_module(OF_OPTIMIZERS)
         if self.precision != "fp32":
             if "precision" not in inspect.signature(shoestring.compile).parameters:
                 raise Unavailable("not available yet")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ def train(family: Family, *, double: bool = False, backend: str = "c") -> Outcom
         return Outcome("unbuildable", _line(error))
     except Exception as error:
         return Outcome("unbuildable", f"eager: {_line(error)}")
+    if not all(map(math.isfinite, wanted)):
+        return Outcome("unbuildable", "eager: the loss is not finite")
     shaken = _shaken(model) if double else model
     outcome = compare(model, batch, wanted, loss, backend)
     if outcome.kind != "MISMATCH":
