@@ -30,6 +30,7 @@ from ..instructions import (
 from .calls import KernelCalls, Pool
 from .library import bind_call
 from .lower import KernelInfo
+from .openmp import considerate, is_small, let_go
 
 Call = Callable[[], object]
 HUGE_PAGE = 2 << 20
@@ -186,6 +187,7 @@ class CExecutable:
     def prepare(self, arguments: Sequence[torch.Tensor]) -> None:
         """Binds the arguments; does nothing for those that are where they were."""
         Pool.resize(torch.get_num_threads())
+        let_go()
         if len(arguments) != len(self._keys):
             what = f"@{self.function.name} takes {len(self._keys)} tensors, found {len(arguments)}"
             raise RuntimeFault("SS5001", what)
@@ -312,7 +314,8 @@ class CExecutable:
         if isinstance(instruction, CallTorch):
             operands = [self._operand(o) for o in instruction.operands]
             outs = [self.tensor(r) for r in instruction.outs]
-            return bind_call(instruction.op, instruction.way, operands, outs)
+            call = bind_call(instruction.op, instruction.way, operands, outs)
+            return considerate(call, is_small(instruction))
         assert isinstance(instruction, Copy)
         source, target = self.tensor(instruction.source), self.tensor(instruction.target)
         return lambda: target.copy_(source)

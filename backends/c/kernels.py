@@ -385,10 +385,10 @@ class KernelWriter:
         kinds = [(o[1], o[2]) if isinstance(o, tuple) else o for o in operands]
         attrs = dict(node.attrs)
         dtype = arithmetic_type(expression.rule, kinds, attrs, out)
-        args = tuple(
-            self._arg(self._promoted(node, i, o, out), dtype) for i, o in enumerate(operands)
-        )
         raw = tuple(_raw(o) for o in operands)
+        if expression.rule == "result" and out in HALVES:
+            operands = [self._promoted(node, i, o, out) for i, o in enumerate(operands)]
+        args = tuple(self._arg(o, dtype) for o in operands)
         index = self._index(placed)
         text = expression.write(Use(args, dtype, attrs, index, out, raw))
         if expression.rule in ("operands", "first", "truth"):
@@ -417,7 +417,7 @@ class KernelWriter:
         The sum of a product and its bias is rounded but once: nodes that are not the op itself.
         """
         source = node.operands[i] if i < len(node.operands) else None
-        if out not in HALVES or not isinstance(source, Ref) or not isinstance(operand, tuple):
+        if not isinstance(source, Ref) or not isinstance(operand, tuple):
             return operand
         exact = node.name in EXACT_NUMBER and i == 1 and source.layout.numel == 1
         if exact or node.name != node.op.name or source.dtype in (*HALVES, torch.bool):
