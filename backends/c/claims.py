@@ -43,9 +43,9 @@ Orders = tuple[tuple[int, ...], ...]
 
 def claim(node: Node) -> Claim | str | None:
     """The C for a library node, or why there is none; None where nobody knows the op."""
-    from . import attention, embedding
+    from . import attention, copies, embedding
 
-    claimers: tuple[Claimer, ...] = (attention.claim, embedding.claim)
+    claimers: tuple[Claimer, ...] = (attention.claim, embedding.claim, copies.claim)
     return next((found for c in claimers if (found := c(node)) is not None), None)
 
 

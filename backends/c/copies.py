@@ -1,0 +1,138 @@
+"""Ops that only move elements: concatenations and the gradient of a slice, as C.
+
+Each piece of the result is filled by loops over dimensions that are merged where both sides of the
+copy allow it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from shoestring.ir import DTYPE_NAMES, Op
+
+from .claims import Claim
+from .expressions import MEMORY
+from .layout import Layout, row_major
+from .nodes import Node, Ref
+
+PARALLEL = 1 << 16  # elements below which one thread is faster
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the result, and where its elements are: pointer `source`; None for zeros."""
+
+    target: Layout
+    source: int | None
+    layout: Layout
+
+
+def claim(node: Node) -> Claim | str | None:
+    """The kernel for an op that moves elements."""
+    writer = PIECES.get(node.op.name)
+    if writer is None:
+        return None
+    (out,), refs = node.outs, node.refs
+    if out.dtype not in MEMORY or any(r.dtype is not out.dtype for r in refs):
+        return "elements of several types, or of one that C lacks"
+    if not all(out.shape):
+        return "nothing to move"
+    pieces = [p for p in writer(node.op, refs, row_major(out.shape)) if p.target.numel]
+    used = sorted({p.source for p in pieces if p.source is not None})
+    pointers = (*(refs[i] for i in used), Ref(out, row_major(out.shape)))
+    kind = MEMORY[out.dtype]
+    lines = [f"const {kind} *restrict p{i} = b[{at}];" for at, i in enumerate(used)]
+    lines += [f"{kind} *restrict out = b[{len(used)}];"]
+    for piece in pieces:
+        lines += _loops(piece)
+    shape = ",".join(map(str, out.shape))
+    stem = node.op.name.split(".")[1]
+    comment = (
+        f"// {stem}: {DTYPE_NAMES[out.dtype]}[{shape}] %{node.op.results[0].name}, "
+        f"{node.loc.module}"
+    )
+    return Claim(stem, comment, "\n".join(f"    {x}" for x in lines), pointers, (len(used),))
+
+
+def _loops(piece: Piece) -> Iterator[str]:
+    """The copy of one piece, the innermost loop contiguous in the result."""
+    dims = _merged(piece)
+    if piece.target.numel > PARALLEL:
+        yield "#pragma omp parallel for schedule(static)"
+    for i, (size, _, _) in enumerate(dims):
+        yield f"{'    ' * i}for (int64_t i{i} = 0; i{i} < {size}; i{i}++)"
+    target = _place([(t, i) for i, (_, t, _) in enumerate(dims)], piece.target.offset)
+    source = _place([(s, i) for i, (_, _, s) in enumerate(dims)], 0)
+    value = "0" if piece.source is None else f"p{piece.source}[{source}]"
+    yield f"{'    ' * len(dims)}out[{target}] = {value};"
+
+
+def _place(strides: list[tuple[int, int]], offset: int) -> str:
+    terms = [f"{s} * i{i}" if s != 1 else f"i{i}" for s, i in strides if s]
+    return " + ".join([*([str(offset)] if offset else []), *terms]) or "0"
+
+
+def _merged(piece: Piece) -> list[tuple[int, int, int]]:
+    """(size, stride of the result, stride of the source) of each loop, outermost first."""
+    found: list[tuple[int, int, int]] = []
+    given = zip(piece.target.shape, piece.target.strides, piece.layout.strides, strict=True)
+    for size, t, s in given:
+        if size == 1:
+            continue
+        if found and found[-1][1] == t * size and found[-1][2] == s * size:
+            found[-1] = (found[-1][0] * size, t, s)
+        else:
+            found.append((size, t, s))
+    return found or [(1, 1, 0)]
+
+
+def _part(out: Layout, dim: int, start: int, size: int) -> Layout:
+    shape = (*out.shape[:dim], size, *out.shape[dim + 1 :])
+    return Layout(shape, out.strides, out.offset + start * out.strides[dim])
+
+
+def _zeros(target: Layout) -> Piece:
+    return Piece(target, None, Layout(target.shape, (0,) * len(target.shape)))
+
+
+def _cat(op: Op, refs: list[Ref], out: Layout) -> Iterator[Piece]:
+    dim, at = op.attr("dim") % len(out.shape), 0
+    for i, ref in enumerate(refs):
+        if len(ref.shape) != len(out.shape):
+            continue  # an empty vector may join anything
+        yield Piece(_part(out, dim, at, ref.shape[dim]), i, ref.layout)
+        at += ref.shape[dim]
+
+
+def _stack(op: Op, refs: list[Ref], out: Layout) -> Iterator[Piece]:
+    dim = op.attr("dim") % len(out.shape)
+    for i, ref in enumerate(refs):
+        shape, strides = list(ref.shape), list(ref.layout.strides)
+        shape.insert(dim, 1)
+        strides.insert(dim, 0)
+        yield Piece(_part(out, dim, i, 1), i, Layout(tuple(shape), tuple(strides)))
+
+
+def _slice_backward(op: Op, refs: list[Ref], out: Layout) -> Iterator[Piece]:
+    (grad,), dim, step = refs, op.attr("dim") % len(out.shape), op.attr("step")
+    size, count = out.shape[dim], grad.shape[dim]
+    start = op.attr("start")
+    start = min(max(start + size if start < 0 else start, 0), size)
+    if step != 1:
+        yield _zeros(out)
+        strides = list(out.strides)
+        offset = out.offset + start * strides[dim]
+        strides[dim] *= step
+        yield Piece(Layout(grad.shape, tuple(strides), offset), 0, grad.layout)
+        return
+    yield _zeros(_part(out, dim, 0, start))
+    yield Piece(_part(out, dim, start, count), 0, grad.layout)
+    yield _zeros(_part(out, dim, start + count, size - start - count))
+
+
+PIECES: dict[str, Callable[[Op, list[Ref], Layout], Iterator[Piece]]] = {
+    "aten.cat.default": _cat,
+    "aten.stack.default": _stack,
+    "aten.slice_backward.default": _slice_backward,
+}

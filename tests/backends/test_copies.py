@@ -1,0 +1,91 @@
+"""Ops that move elements: concatenations, gradients of slices, sums of rows by position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shoestring.backends.c import CBackend
+from shoestring.backends.instructions import CallKernel
+from shoestring.ir import TensorType, trace
+
+from .helpers import compare
+
+aten = torch.ops.aten
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int8,
+          torch.bool]  # fmt: skip
+
+
+def run(f: Callable[..., Tensor], *tensors: Tensor) -> bool:
+    """Compares with PyTorch's, to the bit; whether generated kernels did all of it."""
+    types = [TensorType(t.dtype, tuple(t.shape)) for t in tensors]
+    executable = compare(trace(f, types, "f"), list(tensors), rtol=0, atol=0)
+    return all(isinstance(i, CallKernel) for i in executable.instructions)
+
+
+def numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return (torch.randn(shape) * 9).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_concatenation(dtype: torch.dtype) -> None:
+    a, b, c = (numbers((3, n, 5), dtype) for n in (2, 1, 7))
+    assert run(lambda a, b, c: aten.cat([a, b, c], 1), a, b, c)
+    assert run(lambda a, b: aten.cat([a.transpose(1, 2), b.transpose(1, 2)], -1), a, b)
+    run(lambda a: aten.cat([a, a[:, :1], a.new_empty(0)], 1), a)
+    assert run(lambda a: aten.stack([a, a.transpose(0, 1).transpose(0, 1), a], -2), a)
+    assert run(lambda a: aten.stack([a[0, 0, 0], a[1, 0, 0]], 0), a)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(-7, 7), st.integers(-7, 9),
+    st.integers(1, 3), st.integers(-4, 3), st.booleans(),
+)  # fmt: skip
+def test_gradient_of_a_slice(
+    shape: list[int], start: int, end: int, step: int, dim: int, turned: bool
+) -> None:
+    dim = dim % len(shape)
+    grad = aten.slice(torch.zeros(shape), dim, start, end, step)
+    grad = torch.randn(grad.shape[::-1] if turned else grad.shape)
+
+    def f(g: Tensor) -> Tensor:
+        g = g.permute(*reversed(range(g.dim()))) if turned else g
+        found: Tensor = aten.slice_backward(g, shape, dim, start, end, step)
+        return found
+
+    run(f, grad)
+
+
+def test_large_copies_on_several_threads() -> None:
+    a, b = torch.randn(40, 33, 70), torch.randn(40, 33, 50)
+    assert run(lambda a, b: aten.cat([a, b], 2), a, b)
+    assert run(lambda a: aten.slice_backward(a, [40, 33, 99], 2, 9, 79, 1), a)
+
+
+def test_several_types_are_left_to_pytorch() -> None:
+    assert not run(lambda a, b: aten.cat([a, b]), torch.randn(3), torch.randn(3).double())
+
+
+@pytest.mark.parametrize("rows", [[0, 3, 3, 1], [-1, 2, -4, 2]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_sum_of_rows_by_position(rows: list[int], dtype: torch.dtype) -> None:
+    base, values = torch.randn(4, 6).to(dtype), torch.randn(4, 6).to(dtype)
+    at = torch.tensor(rows)
+    run(lambda x, v, i: aten.index_put(x, [i], v, True), base, values, at)
+    if len({r % 4 for r in rows}) == 4:
+        run(lambda x, v, i: aten.index_put(x, [i], v, False), base, values, at)
+    run(lambda x, v, i: aten.index_put(x, [i], v[:, :1], True), base, values, at)
+    run(lambda x, v, i: aten.index_put(x, [None, i], v[:, :4], True), base, values, at)
+
+
+def test_a_position_outside_is_an_error() -> None:
+    types = [TensorType(torch.float32, (4, 6)), TensorType(torch.int64, (4,))]
+    function = trace(lambda x, i: aten.index_put(x, [i], x, True), types, "f")
+    with pytest.raises(IndexError):
+        CBackend().compile(function).run([torch.randn(4, 6), torch.tensor([0, 1, 4, 2])])
