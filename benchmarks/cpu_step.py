@@ -104,6 +104,13 @@ class Entry:
     started: dict[str, Any] = field(default_factory=dict[str, Any])
     problem: str = ""
 
+    @property
+    def losses(self) -> list[float]:
+        """Of the first steps."""
+        assert self.child is not None, "it runs"
+        found: list[float] = self.child.hello["losses"]
+        return found
+
     def fail(self, problem: str) -> None:
         self.problem = problem
         self.close()
@@ -169,7 +176,7 @@ def measure_workload(name: str, options: Options, starter: Starter) -> Result:
     try:
         for entry in entries:
             start(entry, starter)
-        compare_losses(entries)
+        allowed = compare_losses(entries)
         with alone(options.lock):
             peaks = measure(environment)
             rows, idle = time_steps(entries, options)
@@ -181,7 +188,7 @@ def measure_workload(name: str, options: Options, starter: Starter) -> Result:
         for entry in entries:
             entry.close()
     about = WORKLOADS[name].__doc__ or ""
-    return Result(name, about, parameters, rows, peaks, work, idle, profile)
+    return Result(name, about, parameters, rows, peaks, work, idle, allowed, profile)
 
 
 def start(entry: Entry, starter: Starter) -> None:
@@ -196,20 +203,28 @@ def start(entry: Entry, starter: Starter) -> None:
         print(f": {error}")
 
 
-def compare_losses(entries: list[Entry]) -> None:
-    """Drops contenders whose losses are not those of the reference: eager fp32, or the first."""
+def compare_losses(entries: list[Entry]) -> dict[str, float]:
+    """Drops contenders whose losses are not those of the reference: eager fp32, or the first.
+
+    Returns:
+        Precision -> how far they may be: a limit, or twice as far as rounding carries eager itself.
+    """
     alive = [e for e in entries if e.child is not None]
-    eager = [e for e in alive if (e.order.contender, e.order.precision) == ("eager", "fp32")]
+    eager = [e for e in alive if e.order.contender == "eager"]
     if not alive:
-        return
-    reference = [*eager, *alive][0].child
-    assert reference is not None
+        return {}
+    reference = [*(e for e in eager if e.order.precision == "fp32"), *alive][0].losses
+    allowed = {e.order.precision: limit(e.order.precision) for e in alive}
+    for entry in eager:
+        shaken = difference(entry.started["first_losses"], entry.losses)
+        own = max(shaken, difference(entry.losses, reference))
+        allowed[entry.order.precision] = max(allowed[entry.order.precision], 2 * own)
     for entry in alive:
-        assert entry.child is not None
-        off = difference(entry.child.hello["losses"], reference.hello["losses"])
+        off = difference(entry.losses, reference)
         entry.started["loss_difference"] = off
-        if not off <= limit(entry.order.precision):
+        if not off <= allowed[entry.order.precision]:
             entry.fail(f"its losses differ by {off:.1e}")
+    return allowed
 
 
 def time_steps(entries: list[Entry], options: Options) -> tuple[list[Row], float]:

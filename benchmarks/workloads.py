@@ -244,6 +244,15 @@ WORKLOADS: dict[str, Callable[[bool], Workload]] = {
 }
 
 
+def shake(model: nn.Module) -> None:
+    """Moves each weight by one unit in the last place, up, down or not at all."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            way = torch.randint(-1, 2, p.shape, generator=generator)
+            p.copy_(torch.where(way == 0, p, p.nextafter(p + way)))
+
+
 def build(name: str, *, tiny: bool = False, seed: int = 0) -> Workload:
     """The workload `name`, equal at every call with the same seed.
 

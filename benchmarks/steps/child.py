@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from benchmarks.steps.runners import Runner, Unavailable, make_runner
-from benchmarks.workloads import build
+from benchmarks.workloads import build, shake
 from shoestring.runtime.memory import current_rss, measure_peak, release
 
 
@@ -29,6 +29,7 @@ class Order:
         precision: fp32 or bf16.
         tiny: the test's sizes.
         first_steps: run at once: they compile, warm up, and give the losses to compare.
+        shaken: whether each weight is at most one unit in the last place away from the others'.
     """
 
     workload: str
@@ -36,6 +37,7 @@ class Order:
     precision: str
     tiny: bool
     first_steps: int
+    shaken: bool = False
 
     def text(self) -> str:
         return json.dumps(asdict(self))
@@ -60,6 +62,8 @@ def _start(runner: Runner, order: Order) -> dict[str, Any]:
     release()
     baseline = current_rss()
     workload = build(order.workload, tiny=order.tiny)
+    if order.shaken:
+        shake(workload.model)
     start = time.perf_counter()
     runner.setup(workload)
     setup = time.perf_counter() - start

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -155,14 +155,15 @@ class Starter:
         """A child that is ready for its turns, and what was measured of the two starts.
 
         The first start of a peer has the system's malloc: its memory is what that one needs, if
-        this is less.
+        this is less. The first start of eager has shaken weights: how far its losses are from those
+        of the second is how far rounding alone carries.
 
         Raises:
             Failed: where it does not run.
         """
         caches = self.folder / f"{order.workload}-{order.contender}-{order.precision}"
         malloc = self.malloc if order.contender in PEERS else None
-        cold = self._child(order, caches, None)
+        cold = self._child(replace(order, shaken=order.contender == "eager"), caches, None)
         try:
             cold.start()
             peak = cold.ask(run=2)["peak"]
@@ -177,6 +178,7 @@ class Starter:
         return warm, {
             "cold": compile_seconds(cold.hello),
             "warm": compile_seconds(warm.hello),
+            "first_losses": cold.hello["losses"],
             "plain_growth": peak - cold.hello["baseline"],
             "plain_peak": peak,
         }

@@ -62,6 +62,7 @@ class Result:
         rows: of the contenders.
         peaks: of the machine, measured before and after.
         work: of a step; None where shoestring did not run.
+        allowed: precision -> how far losses might be from the reference's.
         idle: cores that waiting contenders used while another was timed.
         profile: precision -> time of shoestring's instructions.
     """
@@ -73,6 +74,7 @@ class Result:
     peaks: Peaks
     work: Work | None = None
     idle: float = 0.0
+    allowed: dict[str, float] = field(default_factory=dict[str, float])
     profile: dict[str, list[dict[str, Any]]] = field(
         default_factory=dict[str, list[dict[str, Any]]]
     )

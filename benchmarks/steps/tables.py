@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .results import LIMIT_BF16, LIMIT_FP32, Result, Row, geometric_mean
+from .results import LIMIT_BF16, LIMIT_FP32, Result, Row, geometric_mean, limit
 
 PRECISIONS = ("fp32", "bf16")
 Number = float | None
@@ -82,6 +82,11 @@ def facts(result: Result) -> str:
         f" bf16 {peaks.bf16 / 1e9:.0f} GFLOP/s (torch.mm {peaks.mm_bf16 / 1e9:.0f}),"
         f" memory {peaks.bandwidth / 1e9:.1f} GB/s;"
         f" waiting contenders used {percent(result.idle)} of a core"
+    ]
+    lines += [
+        f"losses {precision}: may differ by {allowed:.0e}, twice as far as rounding carries eager"
+        for precision, allowed in result.allowed.items()
+        if allowed > limit(precision)
     ]
     for precision in PRECISIONS:
         if result.work is not None and peaks.fp32 and peaks.bandwidth:
@@ -193,7 +198,9 @@ def _mean(pick: Pick, results: Sequence[Result], precision: str) -> Number:
 
 EXPLANATION = f"""\
 Steps are timed in turns in one run, each contender in a process of its own, after their losses were
-compared with eager fp32's (limits: fp32 {LIMIT_FP32:g}, bf16 {LIMIT_BF16:g}, relative). Medians.
+compared with eager fp32's (limits: fp32 {LIMIT_FP32:g}, bf16 {LIMIT_BF16:g}, relative; where rounding
+carries eager itself further, twice as far as that: weights one unit in the last place away, or
+autocast). Medians.
 "to X" says how many times as fast as X shoestring is at equal precision: more than 1 is faster.
 Memory and compile times are shoestring's divided by those of the best torch.compile: less than 1
 is better.

@@ -103,7 +103,7 @@ def entry(contender: str, precision: str, losses: list[float]) -> Entry:
     child = Child(order, {}, Path("log"), 1.0, {"losses": losses, "baseline": 100})
     child.hello["seconds"] = [1.0, 1.0, 0.5, 0.5]
     child.close = lambda: None  # type: ignore[method-assign]
-    return Entry(order, child)
+    return Entry(order, child, {"first_losses": losses})
 
 
 def test_contenders_with_other_losses_are_dropped() -> None:
@@ -114,6 +114,14 @@ def test_contenders_with_other_losses_are_dropped() -> None:
     assert wrong.child is None and "losses differ by 1.0e-02" in wrong.problem
     assert row_of(wrong, []).problem == wrong.problem
     assert eager.child is not None and close.child is not None
+
+
+def test_losses_may_differ_as_far_as_rounding_carries_eager() -> None:
+    eager, near = entry("eager", "fp32", [2.0, 1.0]), entry("compile", "fp32", [2.0, 1.004])
+    eager.started["first_losses"] = [2.0, 1.003]
+    far = entry("shoestring", "fp32", [2.0, 1.007])
+    assert compare_losses([near, eager, far])["fp32"] == pytest.approx(0.006)
+    assert near.child is not None and far.child is None
 
 
 def test_rows_leave_the_first_step_of_a_turn_out() -> None:
