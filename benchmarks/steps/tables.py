@@ -198,9 +198,9 @@ def _mean(pick: Pick, results: Sequence[Result], precision: str) -> Number:
 
 EXPLANATION = f"""\
 Steps are timed in turns in one run, each contender in a process of its own, after their losses were
-compared with eager fp32's (limits: fp32 {LIMIT_FP32:g}, bf16 {LIMIT_BF16:g}, relative; where rounding
-carries eager itself further, twice as far as that: weights one unit in the last place away, or
-autocast). Medians.
+compared with eager fp32's (limits: fp32 {LIMIT_FP32:g}, bf16 {LIMIT_BF16:g}, relative; where
+rounding carries eager itself further, twice as far as that: weights one unit in the last place
+away, or autocast). Medians.
 "to X" says how many times as fast as X shoestring is at equal precision: more than 1 is faster.
 Memory and compile times are shoestring's divided by those of the best torch.compile: less than 1
 is better.
