@@ -69,6 +69,7 @@ def considerate(call: Call, small: bool) -> Call:
             call()
         finally:
             library.omp_set_num_threads(threads)
+            library.omp_pause_resource_all(SOFT)  # of MKL, where `torch.set_num_threads` was called
 
     def released() -> None:
         call()

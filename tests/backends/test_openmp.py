@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,15 @@ from shoestring.backends.instructions import CallTorch
 from shoestring.ir import parse
 
 TASKS = Path("/proc/self/task")
-pytestmark = pytest.mark.skipif(
-    not TASKS.exists() or torch.get_num_threads() < 2, reason="counts threads"
-)
+pytestmark = pytest.mark.skipif(not TASKS.exists(), reason="counts threads")
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def threads_after(call: Callable[[], object]) -> set[str]:
