@@ -13,7 +13,7 @@ from shoestring.ir import DTYPE_NAMES, Op
 
 from .claims import Claim
 from .expressions import MEMORY
-from .layout import Layout, row_major
+from .layout import Layout, first_of_slice, row_major
 from .nodes import Node, Ref
 
 PARALLEL = 1 << 16  # elements below which one thread is faster
@@ -117,8 +117,7 @@ def _stack(op: Op, refs: list[Ref], out: Layout) -> Iterator[Piece]:
 def _slice_backward(op: Op, refs: list[Ref], out: Layout) -> Iterator[Piece]:
     (grad,), dim, step = refs, op.attr("dim") % len(out.shape), op.attr("step")
     size, count = out.shape[dim], grad.shape[dim]
-    start = op.attr("start")
-    start = min(max(start + size if start < 0 else start, 0), size)
+    start = first_of_slice(op, size)
     if step != 1:
         yield _zeros(out)
         strides = list(out.strides)

@@ -94,12 +94,17 @@ def _expanded(op: Op, x: Layout) -> Layout:
     return Layout(shape, tuple(strides), x.offset)
 
 
+def first_of_slice(op: Op, size: int) -> int:
+    """Where a slice of a dimension of this size begins: within it, counted from its beginning."""
+    start = op.attr("start")
+    start = 0 if start is None else start
+    return min(max(start + size if start < 0 else start, 0), size)
+
+
 def _sliced(op: Op, x: Layout) -> Layout:
     dim = op.attr("dim") % len(x.shape)
     size = x.shape[dim]
-    start = op.attr("start")
-    start = 0 if start is None else start
-    start = min(max(start + size if start < 0 else start, 0), size)
+    start = first_of_slice(op, size)
     strides = list(x.strides)
     strides[dim] *= op.attr("step")
     offset = x.offset + start * x.strides[dim]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.workloads import shake
 from torch.overrides import TorchFunctionMode
 
 import shoestring
@@ -92,13 +93,9 @@ def train(family: Family, *, double: bool = False, backend: str = "c") -> Outcom
 
 
 def _shaken(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy with each weight of double precision at most one unit in the last place away."""
+    """A copy with each weight at most one unit in the last place away."""
     model = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            way = torch.randint(-1, 2, p.shape, generator=generator).double()
-            p.copy_(torch.where(way == 0, p, p.nextafter(p + way)))
+    shake(model)
     return model
 
 
