@@ -24,6 +24,7 @@ from .dead_code import DeadCode
 from .decompose import Decompose
 from .fold_constants import FoldConstants
 from .fuse_update import FuseUpdate
+from .group_heads import GroupHeads
 from .lower_precision import LowerPrecision
 from .order_memory import OrderMemory
 from .pipeline import unknown_pass
@@ -37,6 +38,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     FoldConstants,
     SimplifyAlgebra,
     CommonSubexpressions,
+    GroupHeads,
     DeadCode,
     ChunkLoss,
     Decompose,
@@ -67,6 +69,7 @@ def default_pipeline(keep: frozenset[str] | None = None, precision: str = "fp32"
         FoldConstants(),
         SimplifyAlgebra(),
         CommonSubexpressions(),
+        GroupHeads(),
         DeadCode(),
     ]
     lower: list[Pass] = [] if keep is None else [Decompose(keep)]

@@ -124,13 +124,17 @@ def _query_key(op: Op) -> tuple[Value, Value]:
 
 
 def attention_factors(op: Op) -> FactorMap:
-    """[batch, heads, length, size]: batch and heads are free where every operand has both."""
+    """[batch, heads, length, size]: batch and heads are free where every operand has both.
+
+    Heads that share keys and values are not: a part of them has its own part of the fewer heads.
+    """
     if any(v.type.rank not in (3, 4) for v in op.inputs) or op.inputs[0].type.rank != 4:
         return keep_whole(op)
     batch, heads = op.inputs[0].type.shape[:2]
+    shared = _query_key(op)[1].type.shape[1] != heads
 
     def of(v: Value) -> Dims:
-        free = (v.type.shape[0] == batch, v.type.shape[1] == heads)
+        free = (v.type.shape[0] == batch, v.type.shape[1] == heads and not shared)
         return ("b" if free[0] else None, "h" if free[1] else None, *(None,) * (v.type.rank - 2))
 
     return FactorMap(tuple(of(v) for v in op.inputs), tuple(of(v) for v in op.results))

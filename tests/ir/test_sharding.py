@@ -76,6 +76,14 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 
 
 QKV = ["f32[3,4,8,16]"] * 3
+GROUPED = ["f32[3,4,8,16]", "f32[3,2,8,16]", "f32[3,2,8,16]"]
+
+
+def grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+    return out
+
+
 # What no OpInfo sample leads to: a program, its argument types and the op that it has.
 EXTRA: list[tuple[Callable[..., Any], list[str], str]] = [
     (
@@ -85,6 +93,12 @@ EXTRA: list[tuple[Callable[..., Any], list[str], str]] = [
     ),
     (attention, QKV, "_scaled_dot_product_flash_attention_for_cpu.default"),
     (backward(attention), QKV, "_scaled_dot_product_flash_attention_for_cpu_backward.default"),
+    (grouped_attention, GROUPED, "_scaled_dot_product_flash_attention_for_cpu.default"),
+    (
+        backward(grouped_attention),
+        GROUPED,
+        "_scaled_dot_product_flash_attention_for_cpu_backward.default",
+    ),
     (
         lambda x: F.interpolate(x, size=(4, 4), mode="bicubic", antialias=True),
         [IMAGE],
