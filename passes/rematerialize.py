@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,6 +13,8 @@ from .editing import Names
 from .liveness import measure, size_of, storage_roots
 
 CHEAP = frozenset({Kind.POINTWISE, Kind.VIEW, Kind.CREATION})
+# Also cheap, though not elementwise: each is one pass over memory.
+ONE_PASS = frozenset({"aten.native_layer_norm.default", "aten.index.Tensor"})
 LATER = frozenset({Phase.BACKWARD, Phase.RECOMPUTE, Phase.UPDATE})
 
 
@@ -23,8 +25,8 @@ class Rematerialize(Pass):
     Of an activation function written in eight pointwise ops only the input stays alive between
     forward and backward. The duplicates are of phase `recompute`: they do not merge with their
     originals again. Random draws, contractions, reductions and roundings of weights are never
-    duplicated. Keeping an input that nobody else keeps is worth it where it is smaller than what
-    it replaces.
+    duplicated; a layer norm and a gather, each one pass over memory, are. Keeping an input that
+    nobody else keeps is worth it where it is smaller than what it replaces.
 
     Attributes:
         max_chain: the most ops that are duplicated for one value.
@@ -97,7 +99,7 @@ class _Plan:
         self.max_chain = max_chain
         self.roots = storage_roots(function)
         self.report = PassReport()
-        self.saved = _saved(function)
+        self.saved = _saved(function, self.roots)
         self.report.matched = len(self.saved)
         self.available = {p.value for p in function.params}
         self.available |= _rounded_parameters(function)
@@ -105,19 +107,34 @@ class _Plan:
 
     def choose(self) -> set[Value]:
         """Values to compute again."""
+        chosen: set[Value] = set()
+        groups, far = self.grouped(self.saved)
+        for members in groups.values():
+            chosen.update(self.decide(members))
+        for v in far:  # some are nearer now, to what is kept meanwhile
+            if self.roots[v] in self.available:
+                continue
+            if self.needs(v) is None:
+                self.keep([v], f"more than {self.max_chain} ops away from values kept anyway")
+            else:
+                chosen.update(self.decide([v]))
+        return chosen
+
+    def grouped(
+        self, values: Iterable[Value]
+    ) -> tuple[dict[frozenset[Value], list[Value]], list[Value]]:
+        """Values by what must be kept in order to compute them again; and those too far from it."""
         groups: dict[frozenset[Value], list[Value]] = {}
-        for v in self.saved:
+        far: list[Value] = []
+        for v in values:
             if self.roots[v] in self.available:
                 continue
             needs = self.needs(v)
             if needs is None:
-                self.keep([v], f"more than {self.max_chain} ops away from values kept anyway")
+                far.append(v)
             else:
                 groups.setdefault(needs, []).append(v)
-        chosen: set[Value] = set()
-        for members in groups.values():
-            chosen.update(self.decide(members))
-        return chosen
+        return groups, far
 
     def decide(self, members: list[Value]) -> list[Value]:
         """All members of a group that depends on the same inputs, or none."""
@@ -165,12 +182,19 @@ class _Plan:
     def is_open(self, v: Value) -> bool:
         """Whether a value is not alive in the backward pass, but may be computed there."""
         op = self.function.producer(v)
-        return op is not None and is_cheap(op) and self.roots[v] not in self.available
+        return op is not None and v in cheap_results(op) and self.roots[v] not in self.available
 
 
-def is_cheap(op: Op) -> bool:
-    """Whether an op of the forward pass may run twice."""
-    return op.opdef.kind in CHEAP and op.opdef.pure and op.loc.phase is Phase.FORWARD
+def cheap_results(op: Op) -> tuple[Value, ...]:
+    """What may be computed twice of an op of the forward pass.
+
+    The statistics of a normalization are kept: they are small.
+    """
+    if op.loc.phase is not Phase.FORWARD or not op.opdef.pure:
+        return ()
+    if op.name in ONE_PASS:
+        return op.results[:1]
+    return op.results if op.opdef.kind in CHEAP else ()
 
 
 def _rounded_parameters(function: Function) -> set[Value]:
@@ -180,11 +204,15 @@ def _rounded_parameters(function: Function) -> set[Value]:
     return {op.result for op in casts if op.inputs[0] in own}
 
 
-def _saved(function: Function) -> list[Value]:
-    """Cheap values of the forward pass that the backward pass reads, in order."""
+def _saved(function: Function, roots: Mapping[Value, Value]) -> list[Value]:
+    """Cheap values of the forward pass that the backward pass reads, in order.
+
+    A view of what is not cheap is none of them: its storage is kept whatever is decided.
+    """
     read = {v for op in function.ops if op.loc.phase is Phase.BACKWARD for v in op.inputs}
-    made = (r for op in function.ops if is_cheap(op) for r in op.results)
-    return [r for r in made if r in read]
+    made = [r for op in function.ops for r in cheap_results(op)]
+    cheap = set(made)
+    return [r for r in made if r in read and roots[r] in cheap]
 
 
 def _kept_anyway(function: Function, saved: Iterable[Value]) -> set[Value]:

@@ -74,3 +74,64 @@ def test_nothing_to_do_without_backward() -> None:
     f = program("%a: f32[8,8] = aten.exp.default(%h)", "%g: f32[8,8] = aten.neg.default(%p)")
     g, report = Rematerialize().run(f)
     assert g is f and "matched nothing" in str(report)
+
+
+def again(f: Function) -> list[str]:
+    g, _ = Rematerialize().run(f)
+    return [op.name for op in g.ops if op.loc.phase is Phase.RECOMPUTE]
+
+
+def test_views_of_what_is_kept_do_not_keep_more() -> None:
+    """The view of a product is no saved value of its own: an activation of it is computed again."""
+    f = program(
+        "%v: f32[64] = aten.view.default(%h) {size=[64]}\n"
+        "%s: f32[64] = aten.silu.default(%v)\n"
+        "%a: f32[8,8] = aten.view.default(%s) {size=[8, 8]}",
+        f"%c: f32[64] = aten.sigmoid.default(%v) {B}\n"
+        f"%d: f32[64] = aten.mul.Tensor(%c, %s) {B}\n"
+        f"%e: f32[8,8] = aten.view.default(%d) {{size=[8, 8]}} {B}\n"
+        f"%g: f32[8,8] = aten.mul.Tensor(%p, %e) {B}",
+    )
+    assert again(f) == ["aten.silu.default"]
+
+
+def test_layer_norms_keep_their_statistics() -> None:
+    backward = (
+        f"%c: f32[8,8] = aten.mul.Tensor(%p, %a) {B}\n%d: f32[8,8] = aten.mul.Tensor(%c, %h) {B}\n"
+        f"%e: f32[8,8] = aten.mul.Tensor(%d, %r) {B}\n%g: f32[8,8] = aten.sub.Tensor(%e, %u) {B}"
+    )
+    f = program(
+        "%a: f32[8,8], %u: f32[8,1], %r: f32[8,1] = aten.native_layer_norm.default(%h, _, _)"
+        " {normalized_shape=[8], eps=1e-5}",
+        backward,
+    )
+    g, report = Rematerialize().run(f)
+    (copy,) = [op for op in g.ops if op.loc.phase is Phase.RECOMPUTE]
+    assert copy.name == "aten.native_layer_norm.default" and report.changed == 1
+    read = {v.name for op in g.ops if op.loc.phase is Phase.BACKWARD for v in op.inputs}
+    assert {"u", "r", copy.results[0].name} <= read and "a" not in read
+
+
+def test_gathered_rows_are_gathered_again() -> None:
+    f = program(
+        "%i: i64[8] = aten.arange.default() {end=8, dtype=i64}\n"
+        "%a: f32[8,8] = aten.index.Tensor(%h, [%i])",
+        f"%c: f32[8,8] = aten.mul.Tensor(%p, %a) {B}\n%g: f32[8,8] = aten.mul.Tensor(%c, %h) {B}",
+    )
+    assert again(f)[-1] == "aten.index.Tensor"
+
+
+def test_what_was_too_far_is_nearer_to_what_is_kept_meanwhile() -> None:
+    """A residual stream: `%b` can only be kept; then `%a` is one op away from it."""
+    chain = "\n".join(
+        f"%v{i}: f32[8,8] = aten.exp.default(%{'h' if i == 0 else f'v{i - 1}'})" for i in range(6)
+    )
+    f = program(
+        f"{chain}\n%q: f32[8,8] = aten.mm.default(%v5, %x)\n"
+        "%b: f32[8,8] = aten.add.Tensor(%v5, %q)\n%a: f32[8,8] = aten.tanh.default(%b)",
+        f"%c: f32[8,8] = aten.mul.Tensor(%p, %a) {B}\n%d: f32[8,8] = aten.mul.Tensor(%c, %b) {B}\n"
+        f"%g: f32[8,8] = aten.mul.Tensor(%d, %v0) {B}",
+    )
+    g, report = Rematerialize(max_chain=3).run(f)
+    names = [op.name for op in g.ops if op.loc.phase is Phase.RECOMPUTE]
+    assert "aten.tanh.default" in names, str(report)
