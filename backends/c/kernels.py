@@ -41,7 +41,6 @@ from .expressions import (
     number,
     opmath,
     rounded,
-    scalar_fill,
     store,
     widened,
 )
@@ -359,6 +358,8 @@ class KernelWriter:
     def _operand(self, placed: Placed, ref: Ref) -> str:
         if ref.base in self.members:
             return self._name(self.members[ref.base].node)
+        if ref.base.number is not None:
+            return literal(ref.base.number, ref.base.dtype)
         access = self._access(placed, ref)
         if not access.strides:
             return self._scalar(ref, access.offset)
@@ -376,10 +377,6 @@ class KernelWriter:
     def _value(self, placed: Placed) -> str:
         """A pointwise node's value as C, rounded to its type."""
         node, out = placed.node, placed.node.outs[0].dtype
-        fill = scalar_fill(node.op) if node.name == node.op.name else None
-        if fill is not None:
-            exact = torch.tensor(fill, dtype=out).item()
-            return literal(exact, out)
         expression = EXPRESSIONS[node.name]
         operands = self._raw_operands(placed)
         kinds = [(o[1], o[2]) if isinstance(o, tuple) else o for o in operands]

@@ -46,6 +46,14 @@ class Base:
     def nbytes(self) -> int:
         return row_major(self.shape).numel * self.dtype.itemsize
 
+    @property
+    def number(self) -> bool | int | float | None:
+        """The only element of a constant without dimensions; None for other bases."""
+        if self.constant is None or self.shape or not is_plain(self.dtype):
+            return None
+        number: bool | int | float = self.constant.item()
+        return number
+
 
 @dataclass(frozen=True, slots=True)
 class Ref:
@@ -178,10 +186,10 @@ class WorkList:
         if is_product(op):
             self.product(op)
             return
-        # `new_zeros(x, ...)` takes no element of x, whose shape may be another.
         work = classify(op)
-        filled = work is Work.POINTWISE and scalar_fill(op) is not None
-        operands = () if filled else tuple(self.bind(o) for o in op.operands)
+        if work is Work.POINTWISE and self.uniform(op):
+            return
+        operands = tuple(self.bind(o) for o in op.operands)
         if work is Work.REDUCTION and self.trivial(op):
             return
         if work is Work.LIBRARY:
@@ -313,6 +321,17 @@ class WorkList:
         return Ref(out, row_major(out.shape))
 
     # -- constants -----------------------------------------------------------------------------
+
+    def uniform(self, op: Op) -> bool:
+        """A result that is one number throughout: an expanded constant, without code."""
+        fill = scalar_fill(op)
+        if fill is None:
+            return False
+        t = op.result.type
+        number = torch.tensor(fill, dtype=t.dtype)
+        base = self.base(t.dtype, (), describe(op.result, op), constant=number)
+        self.refs[op.result] = Ref(base, Layout(t.static_shape, (0,) * len(t.shape)))
+        return True
 
     def learn(self, op: Op) -> None:
         """Views of known tensors are known."""

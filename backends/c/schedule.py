@@ -6,9 +6,9 @@ import heapq
 from dataclasses import dataclass, field
 
 from .atoms import Atoms
-from .groups import Unit, reads_whole
-from .layout import row_major
+from .groups import Unit
 from .nodes import Base, Ref, WorkList
+from .overwriting import overwritten, same_position
 
 
 @dataclass
@@ -17,7 +17,8 @@ class Order:
 
     Attributes:
         units: in order of execution.
-        in_place: base -> the parameter whose storage it is written into.
+        in_place: base -> the one whose storage it is written into: a parameter, or what is last
+            read by the kernel that makes it.
         late: the other next values; copied when everything else is done.
     """
 
@@ -45,6 +46,8 @@ def schedule(work: WorkList, units: list[Unit], atoms: Atoms, stored: set[Base])
     scheduler = _ListScheduler(tasks, candidates, _last_readers(tasks), _kept(work))
     order = scheduler.run()
     in_place = {n: old for n, (old, _) in candidates.items() if n not in scheduler.dropped}
+    kept = _kept(work) | set(in_place)
+    in_place |= overwritten(order, stored, kept, atoms)
     late = [
         (ref, work.refs[value].base)
         for value, ref in work.nexts.items()
@@ -78,34 +81,9 @@ def _candidates(
         if old in shown or ref.base not in maker:
             continue
         task = tasks[maker[ref.base]]
-        if old not in task.reads or _same_position(task.unit, old, ref.base, atoms):
+        if old not in task.reads or same_position(task.unit, old, ref.base, atoms):
             found[ref.base] = (old, maker[ref.base])
     return found
-
-
-def _same_position(unit: Unit, old: Base, new: Base, atoms: Atoms) -> bool:
-    """Whether a kernel reads `old` only at the element that it writes."""
-    if unit.library:
-        return False
-    (writer,) = [p for p in unit.nodes if new in p.node.outs]
-    target = atoms.resolve(a for run in writer.result for a in run)
-    columns = set(atoms.resolve(unit.columns)) if unit.columns is not None else None
-    for placed in unit.nodes:
-        if set(target) == columns != set(atoms.resolve(a for run in placed.domain for a in run)):
-            continue  # columns are written when everything else is done
-        for ref in placed.node.refs:
-            if ref.base is not old:
-                continue
-            if reads_whole(placed.node):
-                return False
-            whole = (
-                row_major(ref.shape) == ref.layout
-                and ref.layout.numel == row_major(old.shape).numel
-            )
-            mine = atoms.resolve(a for run in placed.domain for a in run)
-            if not whole or mine != target:
-                return False
-    return True
 
 
 def _add_edges(tasks: dict[int, _Task], candidates: dict[Base, tuple[Base, int]]) -> None:

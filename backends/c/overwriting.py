@@ -1,0 +1,75 @@
+"""Which results take the place of what they are made from.
+
+A kernel that reads an element only where it writes one may write over it: in the last of its
+passes, when everything that it computes from the old element is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .atoms import Atoms
+from .groups import Unit, reads_whole
+from .layout import row_major
+from .nodes import Base
+
+
+def overwritten(
+    order: Sequence[Unit], stored: set[Base], kept: set[Base], atoms: Atoms
+) -> dict[Base, Base]:
+    """New result -> the intermediate value whose last reader makes it, and whose place it takes.
+
+    Args:
+        order: the units as they run.
+        stored: the bases that are in memory.
+        kept: bases whose place is decided otherwise: state, and what must survive to the end.
+        atoms: the loops.
+    """
+    last = {base: unit for unit in order for base in _reads(unit)}
+    found: dict[Base, Base] = {}
+    for unit in order:
+        if unit.library:
+            continue
+        free = [b for b in _reads(unit) if last[b] is unit and b.node is not None and b not in kept]
+        for new in (o for p in unit.nodes for o in p.node.outs if o in stored and o not in kept):
+            old = next((b for b in free if _fits(unit, b, new, atoms)), None)
+            if old is not None:
+                found[new] = old
+                free.remove(old)
+    return found
+
+
+def _reads(unit: Unit) -> list[Base]:
+    """What a unit reads from memory, each once."""
+    own = {o for p in unit.nodes for o in p.node.outs}
+    return list(dict.fromkeys(r.base for p in unit.nodes for r in p.node.refs if r.base not in own))
+
+
+def _fits(unit: Unit, old: Base, new: Base, atoms: Atoms) -> bool:
+    same = old.dtype is new.dtype and old.nbytes == new.nbytes
+    return same and same_position(unit, old, new, atoms)
+
+
+def same_position(unit: Unit, old: Base, new: Base, atoms: Atoms) -> bool:
+    """Whether a kernel reads `old` only at the element that it writes."""
+    if unit.library:
+        return False
+    (writer,) = [p for p in unit.nodes if new in p.node.outs]
+    target = atoms.resolve(a for run in writer.result for a in run)
+    columns = set(atoms.resolve(unit.columns)) if unit.columns is not None else None
+    for placed in unit.nodes:
+        if set(target) == columns != set(atoms.resolve(a for run in placed.domain for a in run)):
+            continue  # columns are written when everything else is done
+        for ref in placed.node.refs:
+            if ref.base is not old:
+                continue
+            if reads_whole(placed.node):
+                return False
+            whole = (
+                row_major(ref.shape) == ref.layout
+                and ref.layout.numel == row_major(old.shape).numel
+            )
+            mine = atoms.resolve(a for run in placed.domain for a in run)
+            if not whole or mine != target:
+                return False
+    return True
