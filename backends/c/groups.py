@@ -55,6 +55,8 @@ class Unit:
         reduces_all: whether a reduction goes from `full` to `none`.
         product: the matrix product whose epilogue the other nodes are.
         axes: its loops, as they were when all of them were checked.
+        last: its last node, in program order.
+        latest: the last node of all that it depends on, itself included.
     """
 
     index: int
@@ -67,6 +69,7 @@ class Unit:
     inputs: set[int] = field(default_factory=set[int])
     users: set[int] = field(default_factory=set[int])
     last: int = 0
+    latest: int = 0
     product: Placed | None = None
     axes: Axes | None = None
 
@@ -114,7 +117,7 @@ class Grouping:
 
     def _new_unit(self, placed: Placed, library: bool = False) -> Unit:
         node = placed.node
-        unit = Unit(node.index, [placed], library, last=node.index)
+        unit = Unit(node.index, [placed], library, last=node.index, latest=node.index)
         unit.product = placed if node.work is Work.PRODUCT else None
         producers = (r.base.node for r in node.refs)
         unit.inputs = {self.unit_of[n] for n in producers if n is not None}
@@ -296,9 +299,19 @@ class Grouping:
         a.inputs = {self._current(i) for i in a.inputs | b.inputs} - {a.index, b.index}
         a.users = {self._current(i) for i in a.users | b.users} - {a.index, b.index}
         a.last = max(a.last, b.last)
+        self._delay(a, b.latest)
         a.product = a.product or b.product
         b.nodes = []
         b.full = (a.index,)  # where it went
+
+    def _delay(self, unit: Unit, latest: int) -> None:
+        """Notes that a unit, and so all that depend on it, come after a node."""
+        stack = [unit]
+        while stack:
+            late = stack.pop()
+            if late.latest < latest:
+                late.latest = latest
+                stack += [self.units[self._current(i)] for i in late.users]
 
     def _current(self, index: int) -> int:
         """The unit that a unit has become part of."""
@@ -311,20 +324,28 @@ class Grouping:
 
         Searched from both ends: in a long program at least one of them is mostly near its edge.
         """
-        found = self._path(target, source, "inputs")
+        found = self._path(target, source, "inputs", source.nodes[0].node.index)
         if found is None:
-            found = self._path(source, target, "users")
+            found = self._path(source, target, "users", 0)
         return found is not False
 
-    def _path(self, start: Unit, goal: Unit, step: Literal["inputs", "users"]) -> bool | None:
-        """Whether a path of two or more steps leads to `goal`; None after too many units."""
+    def _path(
+        self, start: Unit, goal: Unit, step: Literal["inputs", "users"], begin: int
+    ) -> bool | None:
+        """Whether a path of two or more steps leads to `goal`; None after too many units.
+
+        What depends on no node from `begin` on is not followed.
+        """
         near: set[int] = getattr(start, step)
         stack = [i for i in map(self._current, near) if i not in (start.index, goal.index)]
         seen = set(stack)
         while stack:
             if len(seen) > MAX_SEARCH:
                 return None
-            further: set[int] = getattr(self.units[stack.pop()], step)
+            unit = self.units[stack.pop()]
+            if unit.latest < begin:
+                continue
+            further: set[int] = getattr(unit, step)
             for i in {self._current(i) for i in further} - seen:
                 if i == goal.index:
                     return True
