@@ -11,6 +11,8 @@ from .function import Function, Op, Operand, Value
 from .opdef import Kind, results_of
 
 # A value has no strides. Other kernels may refuse gaps in memory, or sum in the order of memory.
+# These take any strides, but may round an element in a vector otherwise than one of an expanded
+# operand (gelu does).
 TAKES_STRIDES = frozenset({Kind.VIEW, Kind.POINTWISE, Kind.CREATION})
 
 Observer = Callable[[Op, tuple[torch.Tensor, ...]], None]
@@ -18,8 +20,8 @@ Observer = Callable[[Op, tuple[torch.Tensor, ...]], None]
 
 def run_op(op: Op, env: Mapping[Value, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The op's results, given the tensors that it reads."""
-    settle = op.opdef.kind not in TAKES_STRIDES
-    outcome = op.opdef.reference(*(_bind(o, env, settle) for o in op.operands), **op.attrs)
+    kind = op.opdef.kind
+    outcome = op.opdef.reference(*(_bind(o, env, kind) for o in op.operands), **op.attrs)
     return results_of(outcome, op.attrs)
 
 
@@ -66,11 +68,14 @@ def _last_uses(function: Function) -> dict[int, list[Value]]:
     return table
 
 
-def _bind(operand: Operand, env: Mapping[Value, torch.Tensor], settle: bool) -> Any:
+def _bind(operand: Operand, env: Mapping[Value, torch.Tensor], kind: Kind) -> Any:
     if isinstance(operand, Value):
-        return in_row_major_order(env[operand]) if settle else env[operand]
+        tensor = env[operand]
+        expanded = kind is Kind.POINTWISE and 0 in tensor.stride()
+        settle = expanded or kind not in TAKES_STRIDES
+        return in_row_major_order(tensor) if settle else tensor
     if isinstance(operand, tuple):
-        return [None if v is None else _bind(v, env, settle) for v in operand]
+        return [None if v is None else _bind(v, env, kind) for v in operand]
     return operand
 
 

@@ -114,7 +114,9 @@ def _evaluate(op: Op, known: dict[Value, torch.Tensor]) -> torch.Tensor | None:
             fill = op.attrs["fill_value"] if op.name == FULL else op.attrs["data"][0]
             return torch.full((), fill, dtype=op.result.type.dtype).expand(size)
     if _keeps_uniform(op) and all(_is_uniform(known[v]) for v in op.inputs):
-        return _evaluate_uniform(op, known)
+        found = _evaluate_uniform(op, known)
+        if found is not None:
+            return found
     if op.result.type.numel > EVALUATED_ELEMENTS:
         return None
     (elements,) = run_op(op, known)
@@ -129,16 +131,28 @@ def _keeps_uniform(op: Op) -> bool:
     return moves or op.opdef.kind is Kind.POINTWISE
 
 
-def _evaluate_uniform(op: Op, known: dict[Value, torch.Tensor]) -> torch.Tensor:
-    """Pointwise ops see one element at a time; views only move equal elements."""
+def _evaluate_uniform(op: Op, known: dict[Value, torch.Tensor]) -> torch.Tensor | None:
+    """A uniform result by a few of its elements; None where they differ.
+
+    Views only move elements. A pointwise kernel may round one in a vector otherwise than one behind
+    the last vector.
+    """
     size = op.result.type.static_shape
     if op.opdef.kind is Kind.VIEW:
         first = known[op.inputs[0]].as_strided((1,), (1,)).reshape(())
         return first.expand(size)
-    # Rank decides on type promotion, so each operand keeps its rank: only sizes become one.
-    small = {v: known[v].as_strided((1,) * v.type.rank, (1,) * v.type.rank) for v in op.inputs}
-    (element,) = run_op(op, small)
-    return element.reshape(()).expand(size)
+    samples = [run_op(op, {v: _sample(known[v], n) for v in op.inputs})[0] for n in SAMPLES]
+    equal = len({repr(n) for sample in samples for n in _numbers(sample)}) == 1
+    return samples[0].reshape(()).expand(size) if equal else None
+
+
+SAMPLES = (1, 33)  # elements: one alone; two vectors and one more
+
+
+def _sample(elements: torch.Tensor, count: int) -> torch.Tensor:
+    """Some of a uniform operand. Rank decides on type promotion, so it is kept."""
+    rank = elements.dim()
+    return elements.as_strided((*(1,) * (rank - 1), count)[:rank], (0,) * rank)
 
 
 def _is_uniform(elements: torch.Tensor) -> bool:

@@ -97,3 +97,19 @@ def test_uniform_operands(
     assert (g.ops[-1].inputs == (g.params[0].value,)) is becomes_number
     argument = torch.tensor([1.0, -0.3, 7.0, 100.0]).to(f.params[0].value.type.dtype)
     assert difference(evaluate(f, [argument]), evaluate(g, [argument]), exact=True) is None
+
+
+@pytest.mark.parametrize("size", ["1", "2", "1, 2", "8", "17", "3, 33", "5000"])
+@pytest.mark.parametrize("op", ["gelu", "exp", "sin", "tanh", "erf", "log1p", "sigmoid", "silu"])
+def test_functions_that_round_by_place(op: str, size: str) -> None:
+    """In a vector, behind the last one and of an expanded operand, kernels may round otherwise."""
+    full = FULL.format(size=size, fill="-0.5", dtype="f32")
+    folded(f"""
+func @f {{
+  %a: f32[{size}] = {full}
+  %b: f32[{size}] = aten.{op}.default(%a)
+  %c: f32[{size}] = aten.mul.Tensor(%b, %b)
+  %d: f32[{size}] = aten.{op}.default(%c)
+  return b=%b, d=%d
+}}
+""")
