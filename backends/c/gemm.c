@@ -222,12 +222,27 @@ SS_INLINE void rows_of(Source s, int64_t u, int64_t j, int64_t k_end, int pairs,
     memcpy(out, words, sizeof words);
 }
 
+#if SS_LANES == 16 || (SS_LANES == 8 && defined(__AVX__))
+#define TURNS 1
+/* Row `j` from unit `u` on, where units are contiguous in memory: one vector of them. */
+SS_INLINE ss_vf along(Source s, int64_t u, int64_t j, int pairs) {
+    const uint16_t *halves = (const uint16_t *)s.p + j * s.j_stride;
+    if (s.type == SS_F32) return ss_vload((const float *)s.p + j * s.j_stride + u);
+    if (!pairs) return ss_vload_bf16(halves + u);
+    ss_vf v;
+    memcpy(&v, halves + 2 * u, sizeof v);
+    return v;
+}
+#else
+#define TURNS 0
+#endif
+
+/* A square of units [u, ...) of lanes [j, ...), turned: out[c] holds unit u + c of each lane. */
 #if SS_LANES == 16
-/* 16 rows of 16 words, `stride` bytes apart, turned: out[c] holds word c of every row. */
-SS_INLINE void transpose(const char *p, int64_t stride, float *out, int64_t out_stride) {
+SS_INLINE void turn(Source s, int64_t u, int64_t j, int pairs, float *out, int64_t out_stride) {
     __m512i r[16], t[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(p + i * stride);
+    for (int i = 0; i < 16; i++) r[i] = (__m512i)along(s, u, j + i, pairs);
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -256,6 +271,29 @@ SS_INLINE void transpose(const char *p, int64_t stride, float *out, int64_t out_
         _mm512_storeu_ps(o + 12 * out_stride, (__m512)_mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd));
     }
 }
+#elif TURNS
+SS_INLINE void turn(Source s, int64_t u, int64_t j, int pairs, float *out, int64_t out_stride) {
+    __m256 r[8], t[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) r[i] = (__m256)along(s, u, j + i, pairs);
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) { /* r[i + c]: words c and 4 + c of rows i .. i + 3 */
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(out + i * out_stride, _mm256_permute2f128_ps(r[i], r[4 + i], 0x20));
+        _mm256_storeu_ps(out + (4 + i) * out_stride, _mm256_permute2f128_ps(r[i], r[4 + i], 0x31));
+    }
+}
 #endif
 
 /* out[units, width] = units [u0, u0 + units) of lanes [j0, j0 + count); lanes beyond are zero. */
@@ -270,17 +308,15 @@ static void pack(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0,
         for (; j + SS_LANES <= count; j += SS_LANES)
             for (int64_t u = 0; u < units; u++)
                 ss_vstore(out + u * width + j, lanes(s, u0 + u, j0 + j, k_end, pairs));
-#if SS_LANES == 16
-    const int whole = s.type == SS_F32 || (pairs && k_end % 2 == 0);
+#if TURNS
+    const int whole = !pairs || k_end % 2 == 0;
     if (j == 0 && s.k_stride == 1 && whole)
-        for (; j + 16 <= count; j += 16) {
-            const int64_t size = s.type == SS_F32 ? 4 : 2;
-            const char *p = s.p + (j0 + j) * s.j_stride * size + u0 * 4;
+        for (; j + SS_LANES <= count; j += SS_LANES) {
             int64_t u = 0;
-            for (; u + 16 <= units; u += 16)
-                transpose(p + 4 * u, s.j_stride * size, out + u * width + j, width);
+            for (; u + SS_LANES <= units; u += SS_LANES)
+                turn(s, u0 + u, j0 + j, pairs, out + u * width + j, width);
             for (; u < units; u++)
-                for (int64_t l = 0; l < 16; l++)
+                for (int64_t l = 0; l < SS_LANES; l++)
                     out[u * width + j + l] = unit(s, u0 + u, j0 + j + l, k_end, pairs);
         }
 #endif
