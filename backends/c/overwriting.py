@@ -28,8 +28,6 @@ def overwritten(
     last = {base: unit for unit in order for base in _reads(unit)}
     found: dict[Base, Base] = {}
     for unit in order:
-        if unit.library:
-            continue
         free = [b for b in _reads(unit) if last[b] is unit and b.node is not None and b not in kept]
         for new in (o for p in unit.nodes for o in p.node.outs if o in stored and o not in kept):
             old = next((b for b in free if _fits(unit, b, new, atoms)), None)
