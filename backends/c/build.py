@@ -37,7 +37,7 @@ HEADERS = (
     "run.h",
 )
 # Written by hand, compiled once for a machine and linked to every library.
-RUNTIME = ("gemm.c", "attention.c", "pool.c", "run.c")
+RUNTIME = ("gemm.c", "frame.c", "attention.c", "pool.c", "run.c")
 JOBS = max(2, os.cpu_count() or 1)
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from shoestring.ir import Function, Op, Value, trace
 from shoestring.ir.inference import signature
 
+from .convolutions import parts_of, role_of
+
 aten = torch.ops.aten
 Body = Callable[..., Any]
 
@@ -203,6 +205,25 @@ def group_norm_backward(
     )
 
 
+# -- convolutions --------------------------------------------------------------------------------
+
+
+def convolution_backward(op: Op, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Each gradient by an op of its own: two are products, the third is a sum."""
+    rest = [op.attr(name) for name in CONVOLUTION]
+    found: list[Tensor] = []
+    for mask in parts_of(op):
+        if mask[2]:
+            others = [d for d in range(grad.dim()) if d != 1]
+            found.append(_sum(_wide(grad), others).to(grad.dtype))
+            continue
+        parts = aten.convolution_backward(grad, x, weight, None, *rest, mask)
+        found.append(parts[0] if mask[0] else parts[1])
+    return tuple(found)
+
+
+CONVOLUTION = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+
 # -- which ops -----------------------------------------------------------------------------------
 
 
@@ -220,6 +241,13 @@ def _many_per_channel(op: Op) -> bool:
     return bool(op.attr("training")) and math.prod(x) // x[1] > 1
 
 
+def _has_products(op: Op) -> bool:
+    """Whether generated code takes some of a convolution's gradients, and they are several."""
+    masks = parts_of(op)
+    plain = op.inputs[0].type.dtype in (torch.float32, torch.bfloat16)
+    return plain and len(masks) > 1 and any(role_of(op, m) is not None for m in masks)
+
+
 def _trains(op: Op) -> bool:
     return bool(op.attr("train"))
 
@@ -234,6 +262,7 @@ BODIES: dict[str, tuple[Condition, Body]] = {
     "aten.native_layer_norm_backward.default": (_normalizes_some, layer_norm_backward),
     "aten._native_batch_norm_legit_functional.default": (_many_per_channel, batch_norm),
     "aten.native_batch_norm_backward.default": (_trains, batch_norm_backward),
+    "aten.convolution_backward.default": (_has_products, convolution_backward),
     "aten.native_group_norm.default": (_has_dims, group_norm),
     "aten.native_group_norm_backward.default": (_has_dims, group_norm_backward),
 }

@@ -1,14 +1,18 @@
 /* Matrix products of any size and layout: C = A B, with what follows done while C is in the cache.
  *
  * The product is computed in tiles of ROWS x COLS that stay in registers over a block of K. For each
- * block of A's rows and each panel of COLS columns of B
+ * MC rows of A and some panels of COLS columns of B
  *
- *     for each block of K:   pack the panel of B (block x COLS, stays in L2)
- *         for each ROWS rows of A:   tile += A[rows, block] * panel
- *     finish: hand the tiles to the epilogue, which stores them
+ *     for each block of K:   pack A[rows, block], which stays in L2
+ *         for each panel:    pack B[block, panel]
+ *             for each ROWS rows of A:   tile += A[rows, block] * panel
+ *     for each panel:        hand its tiles to the epilogue, which stores them
  *
- * A is read where it is when K is contiguous in it; otherwise its block is packed first. Threads
- * split rows and columns, never K: results are equal for every number of threads.
+ * A is read where it is when K is contiguous in it. Threads split rows and columns, never K: results
+ * are equal for every number of threads.
+ *
+ * Where one stride does not lead along a dimension, as along the windows of a convolution, it has
+ * digits, and packing goes by lists of positions made from them.
  *
  * A `unit` is what one lane of a multiply-add takes of K: one f32, or a pair of bf16 where the
  * machine multiplies pairs. bf16 elsewhere is widened to f32 while packing.
@@ -39,7 +43,7 @@ enum {
     AMX_ROWS = 32,           /* the tile of machines with tile registers: 2 x 2 of them */
     AMX_COLS = 32,
     AMX_UNITS = 16,          /* units of K that one multiplication of tile registers takes */
-    PACKED_A = 2 << 20,      /* most bytes of packed A at a time */
+    TILES = 512 << 10,       /* about the most bytes of tiles that wait for the next block of K */
     PACK_UNITS = 32,         /* units of K that are packed of all rows before the next */
     PACK_A = 6, PACK_B = 4,  /* cost of packing one element, in multiply-adds */
     ALONE = 1 << 17,         /* multiply-adds below which one thread is faster */
@@ -167,8 +171,40 @@ static void amx_tile(int add, int64_t units, Rows a, const float *panel, float *
 typedef struct {
     const char *p;
     ss_type type;
-    int64_t k_stride, j_stride; /* elements */
+    int64_t k_stride, j_stride;  /* elements */
+    const ss_digits *k, *j;      /* instead of a stride, or 0 */
 } Source;
+
+static int listed(Source s) { return s.k || s.j; }
+
+/* at[i] = where element `from + i` of a dimension is, counted in elements. */
+static void list(const ss_digits *d, int64_t stride, int64_t from, int64_t count, int64_t *at) {
+    if (!d) {
+        for (int64_t i = 0; i < count; i++) at[i] = (from + i) * stride;
+        return;
+    }
+    int64_t digit[SS_DIGITS], sum = 0;
+    for (int64_t r = SS_DIGITS - 1, left = from; r >= 0; left /= d->size[r], r--) {
+        digit[r] = left % d->size[r];
+        sum += digit[r] * d->stride[r];
+    }
+    for (int64_t i = 0; i < count; i++) {
+        at[i] = sum;
+        for (int64_t r = SS_DIGITS - 1; r >= 0; r--) {
+            sum += d->stride[r];
+            if (++digit[r] < d->size[r]) break;
+            sum -= digit[r] * d->stride[r];
+            digit[r] = 0;
+        }
+    }
+}
+
+/* How many of the positions from `at` on are neighbours in memory, up to `most`. */
+SS_INLINE int64_t neighbours(const int64_t *at, int64_t most) {
+    int64_t n = 1;
+    while (n < most && at[n] == at[0] + n) n++;
+    return n;
+}
 
 SS_INLINE float element(Source s, int64_t k, int64_t j) {
     int64_t at = k * s.k_stride + j * s.j_stride;
@@ -222,27 +258,24 @@ SS_INLINE void rows_of(Source s, int64_t u, int64_t j, int64_t k_end, int pairs,
     memcpy(out, words, sizeof words);
 }
 
-#if SS_LANES == 16 || (SS_LANES == 8 && defined(__AVX__))
+#if defined(__AVX__) && SS_LANES >= 8
 #define TURNS 1
-/* Row `j` from unit `u` on, where units are contiguous in memory: one vector of them. */
-SS_INLINE ss_vf along(Source s, int64_t u, int64_t j, int pairs) {
-    const uint16_t *halves = (const uint16_t *)s.p + j * s.j_stride;
-    if (s.type == SS_F32) return ss_vload((const float *)s.p + j * s.j_stride + u);
-    if (!pairs) return ss_vload_bf16(halves + u);
-    ss_vf v;
-    memcpy(&v, halves + 2 * u, sizeof v);
-    return v;
-}
 #else
 #define TURNS 0
 #endif
 
-/* A square of units [u, ...) of lanes [j, ...), turned: out[c] holds unit u + c of each lane. */
+/* A square, turned: lane l is a vector of neighbours from element at[l] on, out[c] holds element c
+ * of each lane. */
 #if SS_LANES == 16
-SS_INLINE void turn(Source s, int64_t u, int64_t j, int pairs, float *out, int64_t out_stride) {
+SS_INLINE void turn(Source s, const int64_t *at, int pairs, float *out, int64_t out_stride) {
     __m512i r[16], t[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) r[i] = (__m512i)along(s, u, j + i, pairs);
+    for (int i = 0; i < 16; i++) {
+        const uint16_t *halves = (const uint16_t *)s.p + at[i];
+        r[i] = (__m512i)(s.type == SS_F32 ? ss_vload((const float *)s.p + at[i])
+                         : pairs          ? ss_vload((const float *)halves)
+                                          : ss_vload_bf16(halves));
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -271,11 +304,26 @@ SS_INLINE void turn(Source s, int64_t u, int64_t j, int pairs, float *out, int64
         _mm512_storeu_ps(o + 12 * out_stride, (__m512)_mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd));
     }
 }
-#elif TURNS
-SS_INLINE void turn(Source s, int64_t u, int64_t j, int pairs, float *out, int64_t out_stride) {
+#endif
+#if TURNS
+/* Eight units from element `at` on. */
+SS_INLINE __m256 eight(Source s, int64_t at, int pairs) {
+    const uint16_t *halves = (const uint16_t *)s.p + at;
+    if (s.type == SS_F32) return _mm256_loadu_ps((const float *)s.p + at);
+    if (pairs) return _mm256_loadu_ps((const float *)halves);
+    float wide[8];
+    for (int i = 0; i < 8; i++) {
+        const uint32_t bits = (uint32_t)halves[i] << 16;
+        memcpy(wide + i, &bits, 4);
+    }
+    return _mm256_loadu_ps(wide);
+}
+
+/* The same for eight lanes. */
+SS_INLINE void turn8(Source s, const int64_t *at, int pairs, float *out, int64_t out_stride) {
     __m256 r[8], t[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) r[i] = (__m256)along(s, u, j + i, pairs);
+    for (int i = 0; i < 8; i++) r[i] = eight(s, at[i], pairs);
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {
         t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
@@ -295,6 +343,9 @@ SS_INLINE void turn(Source s, int64_t u, int64_t j, int pairs, float *out, int64
     }
 }
 #endif
+#if TURNS && SS_LANES == 8
+#define turn turn8
+#endif
 
 /* out[units, width] = units [u0, u0 + units) of lanes [j0, j0 + count); lanes beyond are zero. */
 static void pack(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0, int64_t count,
@@ -313,8 +364,12 @@ static void pack(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0,
     if (j == 0 && s.k_stride == 1 && whole)
         for (; j + SS_LANES <= count; j += SS_LANES) {
             int64_t u = 0;
-            for (; u + SS_LANES <= units; u += SS_LANES)
-                turn(s, u0 + u, j0 + j, pairs, out + u * width + j, width);
+            for (; u + SS_LANES <= units; u += SS_LANES) {
+                int64_t at[SS_LANES];
+                for (int64_t l = 0; l < SS_LANES; l++)
+                    at[l] = (j0 + j + l) * s.j_stride + (u0 + u) * (1 + pairs);
+                turn(s, at, pairs, out + u * width + j, width);
+            }
             for (; u < units; u++)
                 for (int64_t l = 0; l < SS_LANES; l++)
                     out[u * width + j + l] = unit(s, u0 + u, j0 + j + l, k_end, pairs);
@@ -328,18 +383,113 @@ static void pack(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0,
     }
 }
 
-#if SS_AMX
-/* out[AMX_ROWS, width] = all units of rows [i0, i0 + count); what lies beyond is zero. */
-static void pack_rows(Source s, int64_t units, int64_t k_end, int64_t i0, int64_t count,
-                      int64_t width, float *out) {
-    memset(out, 0, 4 * AMX_ROWS * width);
-    for (int64_t r = 0; r < count; r++) {
-        if (s.k_stride == 1) {
-            memcpy(out + r * width, (const uint16_t *)s.p + (i0 + r) * s.j_stride, 2 * k_end);
+/* What a lane of a unit is made of. */
+enum { ONE_F32, ONE_HALF, TWO_HALVES };
+
+/* The element `at`, or a pair of elements (`next` < 0: a zero). */
+SS_INLINE float lane(const char *p, const int kind, int64_t at, int64_t next) {
+    if (kind == ONE_F32) return ((const float *)p)[at];
+    const uint16_t *halves = (const uint16_t *)p;
+    const uint32_t high = kind == ONE_HALF ? halves[at] : next < 0 ? 0 : halves[next];
+    const uint32_t word = high << 16 | (kind == TWO_HALVES ? halves[at] : 0);
+    float x;
+    memcpy(&x, &word, 4);
+    return x;
+}
+
+/* Positions of the elements of a block of K, which make up `units` units. */
+typedef struct {
+    const int64_t *at;
+    int64_t elements, units;
+} Sum;
+
+/* Unit `u` of lanes which are neighbours in memory. */
+SS_INLINE void across(const char *p, const int kind, Sum k, int64_t u, int64_t j, const int lanes,
+                      float *out) {
+    const int64_t i = kind == TWO_HALVES ? 2 * u : u;
+    const int64_t at = k.at[i] + j, next = i + 1 < k.elements ? k.at[i + 1] + j : -1;
+    for (int l = 0; l < lanes; l++) out[l] = lane(p, kind, at + l, next < 0 ? next : next + l);
+}
+
+#if TURNS
+/* All units of eight lanes, eight at a time where they are neighbours in memory. */
+SS_INLINE void along(Source s, const int kind, Sum k, const int64_t *js, int64_t width, float *out) {
+    const int64_t each = kind == TWO_HALVES ? 2 : 1, many = 8 * each;
+    for (int64_t u = 0; u < k.units;) {
+        const int64_t *ks = k.at + each * u;
+        if (each * u + many <= k.elements && neighbours(ks, many) == many) {
+            int64_t at[8];
+            for (int l = 0; l < 8; l++) at[l] = js[l] + ks[0];
+            turn8(s, at, kind == TWO_HALVES, out + u * width, width);
+            u += 8;
             continue;
         }
-        for (int64_t u = 0; u < units; u++) out[r * width + u] = unit(s, u, i0 + r, k_end, 1);
+        for (int l = 0; l < 8; l++) across(s.p, kind, k, u, js[l], 1, out + u * width + l);
+        u++;
     }
+}
+#endif
+
+SS_INLINE void pack_kind(Source s, const int kind, Sum k, const int64_t *js, int64_t count,
+                         int64_t width, float *out) {
+    enum { FEW = 4 };
+    for (int64_t j = 0, lanes; j < count; j += lanes) {
+        const int64_t run = neighbours(js + j, least(SS_LANES, count - j));
+        float *o = out + j;
+        lanes = run == SS_LANES ? run : run >= FEW ? FEW : 1;
+#if TURNS
+        if (run < FEW && count - j >= 8) {
+            lanes = 8;
+            along(s, kind, k, js + j, width, o);
+            continue;
+        }
+#endif
+        for (int64_t u = 0; u < k.units; u++, o += width) {
+            if (lanes == SS_LANES)
+                across(s.p, kind, k, u, js[j], SS_LANES, o);
+            else if (lanes == FEW)
+                across(s.p, kind, k, u, js[j], FEW, o);
+            else
+                across(s.p, kind, k, u, js[j], 1, o);
+        }
+    }
+    for (int64_t u = 0; count < width && u < k.units; u++)
+        memset(out + u * width + count, 0, 4 * (width - count));
+}
+
+/* As pack, element (k, j) being at k.at[k] + js[j]. */
+static void pack_listed(Source s, Sum k, const int64_t *js, int64_t count, int64_t width, int pairs,
+                        float *out) {
+    if (s.type == SS_F32)
+        pack_kind(s, ONE_F32, k, js, count, width, out);
+    else if (pairs)
+        pack_kind(s, TWO_HALVES, k, js, count, width, out);
+    else
+        pack_kind(s, ONE_HALF, k, js, count, width, out);
+}
+
+#if SS_AMX
+/* out[AMX_ROWS, width] = `units` units from u0 on of rows [i0, i0 + count); beyond is zero. */
+static void pack_rows(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t i0, int64_t count,
+                      int64_t width, float *out) {
+    memset(out, 0, 4 * AMX_ROWS * width);
+    const int64_t elements = least(2 * units, k_end - 2 * u0);
+    for (int64_t r = 0; r < count; r++) {
+        if (s.k_stride == 1) {
+            const uint16_t *row = (const uint16_t *)s.p + (i0 + r) * s.j_stride + 2 * u0;
+            memcpy(out + r * width, row, 2 * elements);
+            continue;
+        }
+        for (int64_t u = 0; u < units; u++) out[r * width + u] = unit(s, u0 + u, i0 + r, k_end, 1);
+    }
+}
+
+/* The same, element k of a row being at k.at[k] from where the row begins. */
+static void pack_rows_listed(Source s, Sum k, int64_t i0, int64_t count, int64_t width, float *out) {
+    memset(out, 0, 4 * AMX_ROWS * width);
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t u = 0; u < k.units; u++)
+            across(s.p, TWO_HALVES, k, u, (i0 + r) * s.j_stride, 1, out + r * width + u);
 }
 #endif
 
@@ -352,6 +502,7 @@ typedef struct {
     int64_t rows, cols;       /* of a tile */
     int64_t k, units, width;  /* what is summed up, the same in units, these padded */
     int64_t mc;               /* rows that share a panel */
+    int64_t panels;           /* of which the tiles wait together for the next block of K */
 } Shape;
 
 static int use_amx(const ss_gemm *g) {
@@ -371,25 +522,30 @@ static Shape of_length(Shape s, int64_t k) {
     return s;
 }
 
+/* How many products may be computed together: all those that have one A. */
+static int64_t batches(const ss_gemm *g) {
+    return g->a_batch == 0 && g->grouping == SS_UNGROUPED ? g->batch : 1;
+}
+
 static Shape shape_of(const ss_gemm *g) {
-    Shape s = {.g = g, .amx = use_amx(g), .rows = ROWS, .cols = COLS, .mc = MC};
+    Shape s = {.g = g, .amx = use_amx(g), .rows = ROWS, .cols = COLS};
     s.pairs = s.amx || (PAIRS && g->type == SS_BF16);
     if (s.amx) s.rows = AMX_ROWS, s.cols = AMX_COLS;
     s = of_length(s, g->k);
     const int even = g->k % 2 == 0 && g->grouping != SS_GROUPS_OF_SUM;
-    s.direct = g->a_col == 1 && (g->type == SS_F32 || (s.pairs && even));
+    s.direct = g->a_col == 1 && !g->a_sum && (g->type == SS_F32 || (s.pairs && even));
     if (s.amx) s.direct = s.direct && s.width == s.units;
-    if (!s.direct) s.mc = least(s.mc, PACKED_A / (4 * (s.width > 0 ? s.width : 1)));
-    s.mc = s.mc < s.rows ? s.rows : s.mc / s.rows * s.rows;
-    s.mc = least(s.mc, blocks(g->m, s.rows) * s.rows);
+    s.mc = least(MC / s.rows, blocks(g->m, s.rows)) * s.rows;
+    const int64_t fit = TILES / (4 * s.mc * s.cols), all = batches(g) * blocks(g->n, s.cols);
+    s.panels = s.width <= KC ? 1 : most(1, least(fit, all));
     return s;
 }
 
 static int64_t panel_floats(const Shape *s) { return least(s->width, KC) * s->cols; }
-static int64_t tiles_floats(const Shape *s) { return s->mc * s->cols; }
+static int64_t tiles_floats(const Shape *s) { return s->panels * s->mc * s->cols; }
 /* A machine with tile registers packs the last rows, which are fewer than a tile, in any case. */
 static int64_t packed_floats(const Shape *s) {
-    return s->direct ? (s->amx ? s->rows * s->width : 0) : s->mc * s->width;
+    return (s->direct ? (s->amx ? s->rows : 0) : s->mc) * least(s->width, KC);
 }
 
 int64_t ss_gemm_scratch(const ss_gemm *g) {
@@ -398,75 +554,136 @@ int64_t ss_gemm_scratch(const ss_gemm *g) {
     return blocks(4 * floats, 64) * 64;
 }
 
-static void pack_a(const Shape *s, Source a, int64_t i, int64_t rows, float *packed) {
+/* A block of K: its units, these padded, and lists of where its elements are, if there are any. */
+typedef struct {
+    int64_t u, units, wide, elements;
+    int64_t a[2 * KC], b[2 * KC];
+} Block;
+
+static void start_block(const Shape *s, Source left, Source right, int64_t u, Block *k) {
+    const int64_t each = 1 + s->pairs;
+    k->u = u;
+    k->units = least(KC, s->units - u);
+    k->wide = least(KC, s->width - u);
+    k->elements = least(each * k->units, s->k - each * u);
+    if (listed(left)) list(left.k, left.k_stride, each * u, k->elements, k->a);
+    if (listed(right)) list(right.k, right.k_stride, each * u, k->elements, k->b);
+}
+
+static void pack_a(const Shape *s, Source a, int64_t i, int64_t rows, const Block *k, float *packed) {
+    const Sum sum = {k->a, k->elements, k->units};
 #if SS_AMX
     if (s->amx) {
-        for (int64_t r = s->direct ? rows / s->rows * s->rows : 0; r < rows; r += s->rows)
-            pack_rows(a, s->units, s->k, i + r, least(s->rows, rows - r), s->width,
-                      packed + (s->direct ? 0 : r * s->width));
+        for (int64_t r = s->direct ? rows / s->rows * s->rows : 0; r < rows; r += s->rows) {
+            const int64_t count = least(s->rows, rows - r);
+            float *out = packed + (s->direct ? 0 : r * k->wide);
+            if (listed(a))
+                pack_rows_listed(a, sum, i + r, count, k->wide, out);
+            else
+                pack_rows(a, k->u, k->units, s->k, i + r, count, k->wide, out);
+        }
         return;
     }
 #endif
     if (s->direct) return;
+    if (listed(a)) {
+        for (int64_t r = 0; r < rows; r += ROWS) {
+            int64_t at[ROWS];
+            const int64_t count = least(ROWS, rows - r);
+            list(a.j, a.j_stride, i + r, count, at);
+            pack_listed(a, sum, at, count, ROWS, s->pairs, packed + r * k->units);
+        }
+        return;
+    }
     /* All rows of a few units before the next units: rows may be neighbours in memory. */
-    for (int64_t u = 0; u < s->units; u += PACK_UNITS)
+    for (int64_t v = 0; v < k->units; v += PACK_UNITS)
         for (int64_t r = 0; r < rows; r += ROWS)
-            pack(a, u, least(PACK_UNITS, s->units - u), s->k, i + r, least(ROWS, rows - r), ROWS,
-                 s->pairs, packed + r * s->units + u * ROWS);
+            pack(a, k->u + v, least(PACK_UNITS, k->units - v), s->k, i + r, least(ROWS, rows - r),
+                 ROWS, s->pairs, packed + r * k->units + v * ROWS);
 }
 
-/* tiles[rows, cols] (+)= A[rows, units from u on] * panel. */
+static void pack_b(const Shape *s, Source b, int64_t j, int64_t cols, const Block *k, float *panel) {
+    if (listed(b)) {
+        int64_t at[COLS < AMX_COLS ? AMX_COLS : COLS];
+        list(b.j, b.j_stride, j, cols, at);
+        const Sum sum = {k->b, k->elements, k->units};
+        pack_listed(b, sum, at, cols, s->cols, s->pairs, panel);
+    } else {
+        pack(b, k->u, k->units, s->k, j, cols, s->cols, s->pairs, panel);
+    }
+    memset(panel + k->units * s->cols, 0, 4 * (k->wide - k->units) * s->cols);
+}
+
+/* tiles[rows, cols] (+)= A[rows, block of K] * panel. */
 static void multiply(const Shape *s, Source a, const float *packed, int64_t i, int64_t rows,
-                     int64_t u, int64_t units, int64_t cols, const float *panel, float *tiles) {
+                     const Block *k, int64_t cols, const float *panel, float *tiles) {
     const int64_t stride = a.j_stride * (a.type == SS_F32 ? 4 : 2);
-    const char *direct = a.p + i * stride + 4 * u;
+    const char *direct = a.p + i * stride + 4 * k->u;
 #if SS_AMX
     if (s->amx) {
-        const int64_t wide = blocks(units, AMX_UNITS) * AMX_UNITS;
         for (int64_t r = 0; r < rows; r += s->rows) {
             const int whole = s->direct && r + s->rows <= rows;
-            const float *own = packed + (s->direct ? 0 : r * s->width) + u;
+            const float *own = packed + (s->direct ? 0 : r * k->wide);
             const Rows source = {whole ? direct + r * stride : (const char *)own,
-                                 whole ? stride : 4 * s->width, 4};
-            amx_tile(u > 0, wide, source, panel, tiles + r * s->cols);
+                                 whole ? stride : 4 * k->wide, 4};
+            amx_tile(k->u > 0, k->wide, source, panel, tiles + r * s->cols);
         }
         return;
     }
 #endif
     const Tile tile = TILE_OF[blocks(cols, SS_LANES) - 1][s->pairs][!s->direct];
     for (int64_t r = 0; r < rows; r += ROWS) {
-        const char *own = (const char *)(packed + r * s->units + u * ROWS);
+        const char *own = (const char *)(packed + r * k->units);
         const Rows source = {s->direct ? direct + r * stride : own, stride, 4};
-        tile(u > 0, units, least(ROWS, rows - r), source, panel, tiles + r * COLS);
+        tile(k->u > 0, k->units, least(ROWS, rows - r), source, panel, tiles + r * COLS);
     }
 }
 
-/* Rows [i0, i1) and columns [j0, j1) of one product, which is matrix number `batch` of C. */
-static void product(const Shape *s, Source left, Source right, int64_t batch, int64_t i0, int64_t i1,
-                    int64_t j0, int64_t j1, void *const *buffers, float *scratch) {
+/* A part of C: rows [i0, i1) and columns [j0, j1) of matrices [first, first + count). */
+typedef struct {
+    int64_t first, count, i0, i1, j0, j1;
+} Part;
+
+/* `right` is B of the first matrix, that of the next is `step` bytes further. */
+static void product(const Shape *s, Source left, Source right, int64_t step, Part p,
+                    void *const *buffers, float *scratch) {
     float *panel = scratch, *tiles = panel + panel_floats(s), *packed = tiles + tiles_floats(s);
-    for (int64_t i = i0; i < i1; i += s->mc) {
-        const int64_t rows = least(s->mc, i1 - i);
-        pack_a(s, left, i, rows, packed);
-        for (int64_t j = j0; j < j1; j += s->cols) {
-            const int64_t cols = least(s->cols, j1 - j);
+    const int64_t across = blocks(p.j1 - p.j0, s->cols), all = p.count * across;
+    Block k;
+    for (int64_t i = p.i0; i < p.i1; i += s->mc) {
+        const int64_t rows = least(s->mc, p.i1 - i);
+        for (int64_t from = 0; from < all; from += s->panels) {
+            const int64_t count = least(s->panels, all - from);
             for (int64_t u = 0; u < s->units; u += KC) {
-                const int64_t units = least(KC, s->units - u), wide = least(KC, s->width - u);
-                pack(right, u, units, s->k, j, cols, s->cols, s->pairs, panel);
-                memset(panel + units * s->cols, 0, 4 * (wide - units) * s->cols);
-                multiply(s, left, packed, i, rows, u, units, cols, panel, tiles);
+                if (s->units > KC || from == 0) {
+                    start_block(s, left, right, u, &k);
+                    pack_a(s, left, i, rows, &k, packed);
+                }
+                for (int64_t q = 0; q < count; q++) {
+                    const int64_t at = from + q, j = p.j0 + at % across * s->cols;
+                    const int64_t cols = least(s->cols, p.j1 - j);
+                    Source b = right;
+                    b.p += at / across * step;
+                    pack_b(s, b, j, cols, &k, panel);
+                    multiply(s, left, packed, i, rows, &k, cols, panel, tiles + q * s->mc * s->cols);
+                }
             }
-            if (s->units == 0) memset(tiles, 0, 4 * rows * s->cols);
-            s->g->finish(buffers, batch, i, j, rows, cols, tiles, s->cols);
+            if (s->units == 0) memset(tiles, 0, 4 * tiles_floats(s));
+            for (int64_t q = 0; q < count; q++) {
+                const int64_t at = from + q, j = p.j0 + at % across * s->cols;
+                s->g->finish(buffers, p.first + at / across, i, j, rows, least(s->cols, p.j1 - j),
+                             tiles + q * s->mc * s->cols, s->cols);
+            }
         }
     }
 }
 
 /* -- all threads -------------------------------------------------------------------------------- */
 
-/* How the matrices are cut: `batch * down * across` parts of `high` rows and `wide` columns. */
+/* How the matrices are cut: `groups * down * across` parts of `deep` matrices, `high` rows and
+ * `wide` columns. */
 typedef struct {
-    int64_t down, across, high, wide;
+    int64_t groups, down, across, deep, high, wide;
 } Cut;
 
 typedef struct {
@@ -484,31 +701,31 @@ static int64_t begin(const Job *job, int64_t e, int64_t size) {
     return e == 0 ? 0 : least(most(job->ends[e - 1], 0), size);
 }
 
-/* Rows [i0, i1) and columns [j0, j1) of matrix number `batch`, group by group. */
-static void part(const Job *job, int64_t batch, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
-                 float *scratch) {
+/* A part, group by group. */
+static void part(const Job *job, Part p, float *scratch) {
     const ss_gemm *g = job->s.g;
-    const int64_t size = g->type == SS_F32 ? 4 : 2;
-    Source left = {job->a + batch * g->a_batch * size, g->type, g->a_col, g->a_row};
-    Source right = {job->b + batch * g->b_batch * size, g->type, g->b_row, g->b_col};
+    const int64_t size = g->type == SS_F32 ? 4 : 2, step = g->b_batch * size;
+    Source left = {job->a + p.first * g->a_batch * size, g->type, g->a_col, g->a_row, g->a_sum, 0};
+    Source right = {job->b + p.first * step, g->type, g->b_row, g->b_col, g->b_sum, g->b_cols};
     if (g->grouping == SS_GROUPS_OF_ROWS) {
         for (int64_t e = 0; e < g->groups; e++) {
-            const int64_t from = most(i0, begin(job, e, g->m));
-            const int64_t to = least(i1, begin(job, e + 1, g->m));
-            right.p = job->b + e * g->b_batch * size;
-            product(&job->s, left, right, batch, from, to, j0, j1, job->buffers, scratch);
+            Part own = p;
+            own.i0 = most(p.i0, begin(job, e, g->m));
+            own.i1 = least(p.i1, begin(job, e + 1, g->m));
+            right.p = job->b + e * step;
+            product(&job->s, left, right, step, own, job->buffers, scratch);
         }
         const Shape empty = of_length(job->s, 0);
-        const int64_t behind = most(i0, begin(job, g->groups, g->m));
-        product(&empty, left, right, batch, behind, i1, j0, j1, job->buffers, scratch);
+        p.i0 = most(p.i0, begin(job, g->groups, g->m));
+        product(&empty, left, right, step, p, job->buffers, scratch);
     } else if (g->grouping == SS_GROUPS_OF_SUM) {
-        const int64_t from = begin(job, batch, g->k), to = begin(job, batch + 1, g->k);
+        const int64_t from = begin(job, p.first, g->k), to = begin(job, p.first + 1, g->k);
         const Shape own = of_length(job->s, most(to - from, 0));
         left.p += from * g->a_col * size;
         right.p += from * g->b_row * size;
-        product(&own, left, right, batch, i0, i1, j0, j1, job->buffers, scratch);
+        product(&own, left, right, step, p, job->buffers, scratch);
     } else {
-        product(&job->s, left, right, batch, i0, i1, j0, j1, job->buffers, scratch);
+        product(&job->s, left, right, step, p, job->buffers, scratch);
     }
 }
 
@@ -524,17 +741,20 @@ static double part_cost(const Shape *s, int64_t rows, int64_t cols) {
 static Cut cut(const Shape *s, int64_t parts, int64_t threads) {
     const ss_gemm *g = s->g;
     const int64_t high = blocks(g->m, s->rows), wide = blocks(g->n, s->cols);
-    const int64_t each = blocks(parts, g->batch);
+    const int64_t deep = most(1, batches(g) / parts), groups = blocks(g->batch, deep);
+    const int64_t each = blocks(parts, groups);
     Cut best = {0};
     double least_cost = 0;
     for (int64_t across = 1; across <= least(wide, each); across++) {
         const int64_t down = least(high, blocks(each, across));
         if (across < least(wide, each) && down * across < each) continue;
-        Cut c = {.high = blocks(high, down) * s->rows, .wide = blocks(wide, across) * s->cols};
+        Cut c = {.groups = groups, .deep = deep};
+        c.high = blocks(high, down) * s->rows;
+        c.wide = blocks(wide, across) * s->cols;
         c.down = blocks(g->m, c.high);
         c.across = blocks(g->n, c.wide);
-        const int64_t turns = blocks(g->batch * c.down * c.across, threads);
-        const double cost = turns * part_cost(s, least(c.high, g->m), least(c.wide, g->n));
+        const int64_t turns = blocks(groups * c.down * c.across, threads);
+        const double cost = turns * part_cost(s, least(c.high, g->m), deep * least(c.wide, g->n));
         if (best.down && cost >= least_cost) continue;
         best = c;
         least_cost = cost;
@@ -545,13 +765,14 @@ static Cut cut(const Shape *s, int64_t parts, int64_t threads) {
 static void one_part(const Job *job, int64_t p, int64_t slot) {
     const Cut c = job->c;
     const ss_gemm *g = job->s.g;
-    const int64_t batch = p / (c.down * c.across);
+    const int64_t first = p / (c.down * c.across) * c.deep;
     const int64_t i = p / c.across % c.down * c.high, j = p % c.across * c.wide;
+    const Part own = {first, least(c.deep, g->batch - first), i, least(i + c.high, g->m),
+                      j,     least(j + c.wide, g->n)};
 #if SS_AMX
     if (job->s.amx) ss_tile_start();
 #endif
-    part(job, batch, i, least(i + c.high, g->m), j, least(j + c.wide, g->n),
-         (float *)(job->scratch + slot * job->each));
+    part(job, own, (float *)(job->scratch + slot * job->each));
 #if SS_AMX
     if (job->s.amx) ss_tile_stop();
 #endif
@@ -577,7 +798,7 @@ void ss_gemm_run(const ss_gemm *g, const void *a, const void *b, const int32_t *
     const int64_t used = work < ALONE ? 1 : least(threads, ss_threads());
     job.each = ss_gemm_scratch(g);
     job.c = cut(&job.s, used == 1 ? 1 : work < LARGE ? used : SHARE * used, used);
-    job.parts = g->batch * job.c.down * job.c.across;
+    job.parts = job.c.groups * job.c.down * job.c.across;
     job.lanes = used == 1 ? 1 : ss_threads() > threads ? threads : 0;
     ss_parallel(take, &job, job.lanes ? job.lanes : job.parts);
 }

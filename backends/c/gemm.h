@@ -14,6 +14,13 @@ typedef void (*ss_finish)(void *const *b, int64_t batch, int64_t row, int64_t co
  * dimension, each with a matrix of C to itself. */
 typedef enum { SS_UNGROUPED, SS_GROUPS_OF_ROWS, SS_GROUPS_OF_SUM } ss_grouping;
 
+/* A dimension that several strides walk, outermost first: element i is where the digits of i lead.
+ * Digits that are not used come first and have size 1. */
+enum { SS_DIGITS = 4 };
+typedef struct {
+    int64_t size[SS_DIGITS], stride[SS_DIGITS];
+} ss_digits;
+
 /* C[m,n] = A[m,k] B[k,n], `batch` times. Strides count elements. */
 typedef struct {
     int64_t batch, m, n, k;
@@ -23,6 +30,8 @@ typedef struct {
     ss_finish finish;                   /* stores a block of C */
     ss_grouping grouping;
     int64_t groups;
+    const ss_digits *a_sum;             /* instead of a_col, or 0 */
+    const ss_digits *b_sum, *b_cols;    /* instead of b_row and b_col, or 0 */
 } ss_gemm;
 
 /* Bytes of scratch that each thread needs. */
@@ -32,3 +41,13 @@ int64_t ss_gemm_scratch(const ss_gemm *g);
  * `groups` numbers; ends beyond what they divide count as its size. */
 void ss_gemm_run(const ss_gemm *g, const void *a, const void *b, const int32_t *ends,
                  void *const *buffers, void *scratch, int64_t threads);
+
+/* Images in frames of zeros: `size[0]` x `size[1]` images, of each the first `size[2..4]` elements, at
+ * `before` in a row-major image of `framed` elements. */
+typedef struct {
+    int64_t itemsize;
+    int64_t size[5], stride[5];         /* of what is copied; strides count elements */
+    int64_t before[3], framed[3];
+} ss_frame;
+
+void ss_frame_run(const ss_frame *f, const void *x, void *out);

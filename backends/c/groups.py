@@ -275,7 +275,7 @@ class Grouping:
         product, other = (a, b) if a.product else (b, a)
         if product.product is None:
             return True
-        axes = axes_of(self.atoms, product.product.domain)
+        axes = axes_of(self.atoms, product.product.node, product.product.domain)
         same = axes == product.axes
         if not all(self._walks(axes, p) for p in (other.nodes if same else a.nodes + b.nodes)):
             return False

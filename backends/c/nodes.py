@@ -21,7 +21,7 @@ from shoestring.ir import Function, Kind, Loc, Number, Op, Value, lookup, operan
 from .claims import Orders, result_orders
 from .expressions import HALVES, has_expression, scalar_fill
 from .layout import VIEWS, Layout, permute, reshape, row_major, split_parts
-from .products import has_bias, is_product
+from .products import bias_of, is_product, matrices_of, role_of
 from .reductions import has_reduction, reduced_dims
 
 # A constant of more elements than this is computed by each step instead of being kept.
@@ -241,19 +241,21 @@ class WorkList:
 
     def product(self, op: Op) -> None:
         """A matrix product; a bias is added by a node of its own, before the result is rounded."""
-        r, operands = op.result, tuple(self.bind(o) for o in op.operands)
-        biased = has_bias(op)
-        if biased:
+        r, bias = op.result, bias_of(op)
+        if bias is not None:
             label = f"product of {describe(r, op)}"
             made = self.base(torch.float32, r.type.static_shape, label)
         else:
             made = self.base(r.type.dtype, r.type.static_shape, describe(r, op), value=r)
-        matrices = tuple(self.materialized(o, op) for o in operands[biased:])
+        matrices = tuple(self.materialized(self.refs[v], op) for v in matrices_of(op))
         self.add(Work.PRODUCT, op.name, op, matrices, [made])
         whole = Ref(made, row_major(made.shape))
-        if biased:
+        if bias is not None:
             out = self.base(r.type.dtype, made.shape, describe(r, op), value=r)
-            self.add(Work.POINTWISE, "aten.add.Tensor", op, (whole, operands[0]), [out], {})
+            added = self.refs[bias]
+            if role_of(op) is not None:  # one number a channel
+                added = Ref(added.base, _per_channel(added.layout, len(made.shape)), added.wide)
+            self.add(Work.POINTWISE, "aten.add.Tensor", op, (whole, added), [out], {})
             whole = Ref(out, row_major(out.shape))
         self.refs[r] = whole
 
@@ -361,6 +363,12 @@ class WorkList:
             )
             self.refs[r] = Ref(base, row_major(base.shape))
         return True
+
+
+def _per_channel(x: Layout, rank: int) -> Layout:
+    """A vector that the second of `rank` dimensions walks."""
+    behind = (1,) * (rank - 2)
+    return Layout((*x.shape, *behind), (*x.strides, *(0 for _ in behind)), x.offset)
 
 
 def reordered(stored: Layout, order: tuple[int, ...]) -> Layout:

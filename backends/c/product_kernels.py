@@ -6,16 +6,20 @@ part stores them, with everything else of the kernel done to each element on the
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .expressions import rounded
 from .groups import Placed
 from .kernels import Kernel, KernelWriter, Loop
 from .nodes import Node, Ref
-from .products import axes_of, grouping_of
+from .products import AXES, axes_of, grouping_of, sides_of
+from .sides import Digits, Frame, Side, stride_of
 
-ROWS, COLS, KC, MC, PACKED_A = 32, 48, 384, 256, 2 << 20  # at least those of gemm.c
-AXES = ("batch", "row", "col")
+ROWS, COLS, KC, MC, TILES = 32, 48, 384, 256, 512 << 10  # at least those of gemm.c
+DIGITS = 4  # SS_DIGITS of gemm.h
+ALIGNMENT = 64
 TYPES = {torch.float32: "SS_F32", torch.bfloat16: "SS_BF16"}
 
 
@@ -26,9 +30,10 @@ class ProductWriter(KernelWriter):
         product = self.unit.product
         assert product is not None, "a unit without a product has a writer of its own"
         self.product = product
-        axes = axes_of(self.atoms, product.domain)
+        axes = axes_of(self.atoms, product.node, product.domain)
         sizes = [self.atoms.size(axis) for axis in axes]
         self.sizes = dict(zip(AXES, sizes, strict=True))
+        self.sides = sides_of(product.node)
         self.by_column = False
         self.outer_loops = []
         self.inner_loops = [
@@ -64,12 +69,20 @@ class ProductWriter(KernelWriter):
             " int64_t rows,\n                     int64_t cols, const float *tile,"
             f" int64_t stride) {{\n{self._body_text()}\n}}\n"
         )
-        a, b, *ends = self.product.node.refs
-        scratch, threads = self._scratch()
-        sides = f"{self._side(a)}, {self._side(b)}"
-        groups = f"(const int32_t *)({self._side(ends[0])})" if ends else "0"
-        call = f"    ss_gemm_run(&g, {sides}, {groups}, b, b[{len(self.pointers)}], {threads});"
-        return self._finish(f"{self._shape(a, b)}\n{call}", helper, scratch)
+        a, b, frame = self.sides.a, self.sides.b, self.sides.frame
+        _, _, *ends = self.product.node.refs
+        groups = f"(const int32_t *)({self._start(ends[0])})" if ends else "0"
+        left, right = self._start(a.ref, a.offset), self._start(b.ref, 0 if frame else b.offset)
+        lines, framed = [self._shape()], 0
+        scratch = f"b[{len(self.pointers)}]"
+        if frame is not None:
+            text, framed = self._frame(frame, b.ref)
+            lines += [text, f"    ss_frame_run(&frame, {right}, {scratch});"]
+            right = f"(const char *){scratch}{_plus(b.offset, b.ref)}"
+            scratch = f"(char *){scratch} + {framed}"
+        room, threads = self._scratch()
+        lines.append(f"    ss_gemm_run(&g, {left}, {right}, {groups}, b, {scratch}, {threads});")
+        return self._finish("\n".join(lines), helper, framed + room)
 
     def _epilogue(self) -> None:
         text = self.text
@@ -77,41 +90,77 @@ class ProductWriter(KernelWriter):
         text.put("const int64_t row = r0 + i;")
         text.put("#pragma omp simd")
         text.open("for (int64_t j = 0; j < cols; j++)")
-        text.put("const int64_t col = c0 + j;")
+        if self.sizes["image"] > 1:
+            size = self.sizes["col"]
+            text.put(f"const int64_t image = (c0 + j) / {size}, col = (c0 + j) % {size};")
+        else:
+            text.put("const int64_t col = c0 + j;")
         self._body([], self.stores)
         text.close(2)
 
     # -- the product itself --------------------------------------------------------------------
 
-    def _side(self, ref: Ref) -> str:
+    def _start(self, ref: Ref, offset: int = 0) -> str:
+        """The address of an element of an operand, `offset` elements from its first."""
         pointer, left = self._pointer(ref.base, ref.layout.offset)
-        offset = f" + {left * ref.dtype.itemsize}" if left else ""
-        return f"(const char *)b[{pointer.removeprefix('p')}]{offset}"
+        return f"(const char *)b[{pointer.removeprefix('p')}]{_plus(left + offset, ref)}"
 
-    def _strides(self, ref: Ref) -> str:
-        strides = (0, 0, 0, *ref.layout.strides)[-3:]
-        return ", ".join(map(str, strides))
-
-    def _shape(self, a: Ref, b: Ref) -> str:
-        k = a.shape[-1]
+    def _shape(self) -> str:
         grouping, count = grouping_of(self.product.node.op)
         groups = f"        {grouping}, {count},\n" if count else ""
-        sizes = ", ".join(str(self.sizes[axis]) for axis in AXES)
+        matrices, rows, images, cols = (self.sizes[axis] for axis in AXES)
+        a, b = self.sides.a, self.sides.b
+        lists, named = "", ""
+        for name, digits in (("a_sum", a.cols), ("b_sum", b.rows), ("b_cols", b.cols)):
+            if stride_of(digits) is None:
+                lists += f"    static const ss_digits {name} = {_digits(digits)};\n"
+                named += f"        .{name} = &{name},\n"
         return (
-            f"    static const ss_gemm g = {{\n"
-            f"        {sizes}, {k}, {TYPES[a.dtype]},  // matrices, rows, columns, summed\n"
-            f"        {self._strides(a)},  // A\n"
-            f"        {self._strides(b)},  // B\n"
-            f"        @_finish,\n{groups}"
+            f"{lists}    static const ss_gemm g = {{\n"
+            f"        {matrices}, {rows}, {images * cols}, {self.sides.summed},"
+            f" {TYPES[a.ref.dtype]},  // matrices, rows, columns, summed\n"
+            f"        {_strides(a)},  // A\n"
+            f"        {_strides(b)},  // B\n"
+            f"        @_finish,\n{groups}{named}"
             f"    }};"
         )
 
+    def _frame(self, frame: Frame, ref: Ref) -> tuple[str, int]:
+        """The copy of a side within zeros, and how many bytes it takes."""
+        images, channels = ref.shape[:2]
+        missing = len(frame.size) + 2 - len(ref.shape)
+        strides = (*ref.layout.strides[:2], *(0,) * missing, *ref.layout.strides[2:])
+        numbers = [(images, channels, *frame.inner), strides, frame.before, frame.size]
+        text = ", ".join("{" + ", ".join(map(str, n)) + "}" for n in numbers)
+        count = images * channels * math.prod(frame.size)
+        size = -(-count * ref.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        return f"    static const ss_frame frame = {{{ref.dtype.itemsize}, {text}}};", size
+
     def _scratch(self) -> tuple[int, int]:
         """Bytes for all threads, and how many may take part."""
-        k = self.product.node.refs[0].shape[-1]
+        k = self.sides.summed + ROWS  # padding of K
         rows = min(MC, -(-self.sizes["row"] // ROWS) * ROWS)
-        k += ROWS  # padding of K
-        packed = min(rows * k * 4, max(PACKED_A, ROWS * k * 4))
-        each = 4 * COLS * (min(k, KC) + rows) + packed + 64
+        cols = COLS
+        if k > KC:  # tiles of many columns wait for the next block of K
+            all_cols = self.sizes["batch"] * (self.sizes["image"] * self.sizes["col"] + COLS)
+            cols = max(COLS, min(all_cols, TILES // (4 * rows)))
+        block = min(k, KC)
+        each = 4 * (COLS * block + rows * cols + rows * block) + 64
         threads = torch.get_num_threads()
         return each * threads, threads
+
+
+def _plus(elements: int, ref: Ref) -> str:
+    return f" + {elements * ref.dtype.itemsize}" if elements else ""
+
+
+def _strides(side: Side) -> str:
+    along = (stride_of(side.rows) or 0, stride_of(side.cols) or 0)
+    return ", ".join(map(str, (side.batch, *along)))
+
+
+def _digits(digits: Digits) -> str:
+    """As the initializer of an `ss_digits`: sizes, then strides."""
+    whole = ((1, 0),) * (DIGITS - len(digits)) + digits
+    sizes, strides = (", ".join(map(str, column)) for column in zip(*whole, strict=True))
+    return f"{{{{{sizes}}}, {{{strides}}}}}"

@@ -1,20 +1,29 @@
 """Matrix products that generated code carries out, and the loops of what follows them.
 
-A product has three axes: matrices of a batch, rows, columns. Its epilogue is called with blocks of
-rows and columns; so what the epilogue reads and writes must be walked by one stride an axis.
+A product has four axes: matrices of a batch, rows, and columns, which may be those of several images
+side by side. Its epilogue is called with blocks of rows and columns; so what the epilogue reads and
+writes must be walked by one stride an axis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from shoestring.ir import Op, Value, operand_values
 
+from . import convolutions
 from .atoms import Atoms, Run
+from .convolutions import Role, role_of
+from .sides import Sides, of_matrices
 
-Axes = tuple[Run, Run, Run]
+if TYPE_CHECKING:
+    from .nodes import Node
+
+AXES = ("batch", "row", "image", "col")
+Axes = tuple[Run, Run, Run, Run]
 
 PRODUCTS = frozenset({"aten.mm.default", "aten.bmm.default"})
 BIASED = frozenset({"aten.addmm.default", "aten.baddbmm.default"})
@@ -23,27 +32,52 @@ TYPES = frozenset({torch.float32, torch.bfloat16})
 LEAST = 4  # rows and columns; below, a product is a sum over memory, which the library does better
 
 
-def has_bias(op: Op) -> bool:
-    return op.name in BIASED
+def bias_of(op: Op) -> Value | None:
+    """What is added to a product before it is rounded."""
+    if op.name in BIASED:
+        return op.inputs[0]
+    if op.name == convolutions.FORWARD and isinstance(op.operands[2], Value):
+        return op.operands[2]
+    return None
+
+
+def matrices_of(op: Op) -> Sequence[Value]:
+    """The operands that are multiplied, the left one first; behind them, where groups end."""
+    role = role_of(op)
+    if role is None:
+        return op.inputs[op.name in BIASED :]
+    grad_or_x, x_or_weight, *_ = op.inputs
+    if role is Role.RESULT:
+        return (x_or_weight, grad_or_x)
+    return (op.inputs[2], op.inputs[0]) if role is Role.INPUT else (op.inputs[0], op.inputs[1])
+
+
+def sides_of(node: Node) -> Sides:
+    """How both sides of a product lie in memory."""
+    role = role_of(node.op)
+    return of_matrices(node) if role is None else convolutions.sides_of(node, role)
 
 
 def is_product(op: Op) -> bool:
     """Whether generated code takes the op: f32 or bf16 matrices that are not vectors."""
-    if has_bias(op):
+    role = role_of(op)
+    if op.name in BIASED:
         known = op.attrs.get("alpha", 1) == op.attrs.get("beta", 1) == 1
     else:
-        known = op.name in PRODUCTS or (op.name == GROUPED and _has_groups(op))
+        known = role is not None or op.name in PRODUCTS or _is_grouped(op)
     if not known:
         return False
     types = [v.type for v in operand_values(op.operands)]
     out = op.result.type
     same = all(t.dtype is out.dtype for t in types if t.dtype is not torch.int32)
-    fits = out.dtype in TYPES and min(out.static_shape[-2:]) >= LEAST
-    return same and fits and all(t.numel for t in types)
+    fits = role is not None or min(out.static_shape[-2:]) >= LEAST
+    return same and fits and out.dtype in TYPES and all(t.numel for t in (*types, out))
 
 
-def _has_groups(op: Op) -> bool:
+def _is_grouped(op: Op) -> bool:
     """Whether each group of rows meets a matrix, or each group of the sum makes one."""
+    if op.name != GROUPED:
+        return False
     a, b, ends, bias = op.operands
     if not (isinstance(a, Value) and isinstance(b, Value) and isinstance(ends, Value)):
         return False
@@ -58,10 +92,23 @@ def grouping_of(op: Op) -> tuple[str, int]:
     return "SS_GROUPS_OF_ROWS" if b.type.rank == 3 else "SS_GROUPS_OF_SUM", ends.type.numel
 
 
-def axes_of(atoms: Atoms, dims: Sequence[Run]) -> Axes:
-    """The loops of a product's batch, rows and columns."""
-    *batch, rows, cols = (atoms.resolve(run) for run in dims)
-    return tuple(a for run in batch for a in run), rows, cols
+def axes_of(atoms: Atoms, node: Node, dims: Sequence[Run]) -> Axes:
+    """The loops of a product's batch, rows, images and columns; `dims` are those of its result."""
+    runs = [atoms.resolve(run) for run in dims]
+    role = role_of(node.op)
+    if role is None:
+        *batch, rows, cols = runs
+        return _joined(batch), rows, (), cols
+    if role is Role.WEIGHT:
+        return (), runs[0], (), _joined(runs[1:])
+    images, rows, *places = runs
+    if convolutions.by_image(node.outs[0].shape):
+        return images, rows, (), _joined(places)
+    return (), rows, images, _joined(places)
+
+
+def _joined(runs: Sequence[Run]) -> Run:
+    return tuple(a for run in runs for a in run)
 
 
 def walks(atoms: Atoms, axes: Axes, strides: Mapping[int, int]) -> bool:
@@ -71,5 +118,5 @@ def walks(atoms: Atoms, axes: Axes, strides: Mapping[int, int]) -> bool:
         for axis in axes
         for outer, inner in zip(axis, axis[1:], strict=False)
     )
-    cols = axes[2]
+    cols = axes[-1]
     return straight and (not cols or strides.get(cols[-1], 0) in (0, 1))

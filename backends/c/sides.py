@@ -1,0 +1,92 @@
+"""How the sides of a matrix product lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .nodes import Node, Ref
+
+Digits = tuple[tuple[int, int], ...]
+"""(size, stride) of nested loops over one dimension, outermost first: `ss_digits` of gemm.h."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A matrix for each product of a batch.
+
+    Attributes:
+        ref: where it is.
+        batch: from one matrix to the next, in elements, as all strides.
+        rows, cols: along its two dimensions.
+        offset: of its first element, from where `ref` begins.
+    """
+
+    ref: Ref
+    batch: int
+    rows: Digits
+    cols: Digits
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A copy of images within zeros.
+
+    Attributes:
+        before: zeros ahead of each dimension of an image.
+        inner: what is copied of each dimension.
+        size: each dimension with its zeros.
+    """
+
+    before: tuple[int, ...]
+    inner: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def is_needed(self) -> bool:
+        return any(self.before) or self.inner != self.size
+
+
+@dataclass(frozen=True)
+class Sides:
+    """A product's operands; `frame`: the right one is read from such a copy of it."""
+
+    a: Side
+    b: Side
+    summed: int
+    frame: Frame | None = None
+
+
+def simplified(digits: Iterable[tuple[int, int]]) -> Digits:
+    """The same elements in the same order, with as few digits as possible."""
+    found: list[tuple[int, int]] = []
+    for size, stride in digits:
+        if size == 1:
+            continue
+        if found and found[-1][1] == size * stride:
+            found[-1] = (found[-1][0] * size, stride)
+        else:
+            found.append((size, stride))
+    return tuple(found)
+
+
+def stride_of(digits: Digits) -> int | None:
+    """The one stride along a dimension; None where it takes several."""
+    if len(digits) > 1:
+        return None
+    return digits[0][1] if digits else 0
+
+
+def of_matrices(node: Node) -> Sides:
+    """The sides of a product of matrices."""
+    a, b = (_side(ref) for ref in node.refs[:2])
+    return Sides(a, b, node.refs[0].shape[-1])
+
+
+def _side(ref: Ref) -> Side:
+    batch, row, col = (0, 0, 0, *ref.layout.strides)[-3:]
+    rows, cols = ref.shape[-2:]
+    return Side(ref, batch, ((rows, row),), ((cols, col),))
