@@ -10,16 +10,27 @@ typedef struct {
     char *out;
 } Job;
 
-/* One row of an image. */
-static void row(const ss_frame *f, const char *from, char *to) {
-    const int64_t each = f->itemsize, width = f->size[4], step = f->stride[4];
-    memset(to, 0, f->before[2] * each);
-    to += f->before[2] * each;
-    if (step == 1)
-        memcpy(to, from, width * each);
+#define ROW(type)                                                                                 \
+    static void row_of_##type(const ss_frame *f, const void *from, void *to) {                    \
+        const int64_t before = f->before[2], end = before + f->size[4], step = f->stride[4];      \
+        const type *restrict x = from;                                                            \
+        type *restrict out = to;                                                                  \
+        for (int64_t c = 0; c < before; c++) out[c] = 0;                                          \
+        for (int64_t c = end; c < f->framed[2]; c++) out[c] = 0;                                  \
+        if (step == 1)                                                                            \
+            for (int64_t c = before; c < end; c++) out[c] = x[c - before];                        \
+        else                                                                                      \
+            for (int64_t c = before; c < end; c++) out[c] = x[(c - before) * step];               \
+    }
+ROW(uint32_t)
+ROW(uint16_t)
+
+/* One row of an image, of f32 or bf16. */
+static void row(const ss_frame *f, const void *from, void *to) {
+    if (f->itemsize == 4)
+        row_of_uint32_t(f, from, to);
     else
-        for (int64_t c = 0; c < width; c++) memcpy(to + c * each, from + c * step * each, each);
-    memset(to + width * each, 0, (f->framed[2] - f->before[2] - width) * each);
+        row_of_uint16_t(f, from, to);
 }
 
 static void image(void *context, int64_t p, int64_t worker) {

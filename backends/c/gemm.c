@@ -8,8 +8,9 @@
  *             for each ROWS rows of A:   tile += A[rows, block] * panel
  *     for each panel:        hand its tiles to the epilogue, which stores them
  *
- * A is read where it is when K is contiguous in it. Threads split rows and columns, never K: results
- * are equal for every number of threads.
+ * A is read where it is when K is contiguous in it, unless packed rows are read so much faster that
+ * packing them pays. Threads split rows and columns, never K: results are equal for every number of
+ * threads.
  *
  * Where one stride does not lead along a dimension, as along the windows of a convolution, it has
  * digits, and packing goes by lists of positions made from them.
@@ -43,8 +44,11 @@ enum {
     AMX_ROWS = 32,           /* the tile of machines with tile registers: 2 x 2 of them */
     AMX_COLS = 32,
     AMX_UNITS = 16,          /* units of K that one multiplication of tile registers takes */
+    GROUP = 4,               /* panels that are packed together: columns are neighbours in memory */
+    AHEAD = 16,               /* units of K that are fetched ahead where K is not contiguous */
     TILES = 512 << 10,       /* about the most bytes of tiles that wait for the next block of K */
     PACK_UNITS = 32,         /* units of K that are packed of all rows before the next */
+    REUSED = SS_LANES == 8 ? 128 : INT32_MAX, /* columns from which on packing A pays in any case */
     PACK_A = 6, PACK_B = 4,  /* cost of packing one element, in multiply-adds */
     ALONE = 1 << 17,         /* multiply-adds below which one thread is faster */
     LARGE = 1 << 25,         /* multiply-adds from which on each thread has SHARE parts */
@@ -319,9 +323,9 @@ SS_INLINE __m256 eight(Source s, int64_t at, int pairs) {
     return _mm256_loadu_ps(wide);
 }
 
-/* The same for eight lanes. */
-SS_INLINE void turn8(Source s, const int64_t *at, int pairs, float *out, int64_t out_stride) {
-    __m256 r[8], t[8];
+/* The same for eight lanes: r[c] holds element c of each. */
+SS_INLINE void square(Source s, const int64_t *at, int pairs, __m256 *r) {
+    __m256 t[8];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) r[i] = eight(s, at[i], pairs);
 #pragma GCC unroll 4
@@ -338,8 +342,25 @@ SS_INLINE void turn8(Source s, const int64_t *at, int pairs, float *out, int64_t
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        _mm256_storeu_ps(out + i * out_stride, _mm256_permute2f128_ps(r[i], r[4 + i], 0x20));
-        _mm256_storeu_ps(out + (4 + i) * out_stride, _mm256_permute2f128_ps(r[i], r[4 + i], 0x31));
+        const __m256 low = r[i], high = r[4 + i];
+        r[i] = _mm256_permute2f128_ps(low, high, 0x20);
+        r[4 + i] = _mm256_permute2f128_ps(low, high, 0x31);
+    }
+}
+
+/* out[8, width] = the square; where a row is wider than `width`, the next overwrites what is over,
+ * and the last has `width` elements. */
+SS_INLINE void turn8(Source s, const int64_t *at, int pairs, float *out, int64_t width) {
+    __m256 r[8];
+    square(s, at, pairs, r);
+#pragma GCC unroll 8
+    for (int c = 0; c < 7; c++) _mm256_storeu_ps(out + c * width, r[c]);
+    if (width < 8) {
+        float last[8];
+        _mm256_storeu_ps(last, r[7]);
+        memcpy(out + 7 * width, last, 4 * width);
+    } else {
+        _mm256_storeu_ps(out + 7 * width, r[7]);
     }
 }
 #endif
@@ -347,12 +368,36 @@ SS_INLINE void turn8(Source s, const int64_t *at, int pairs, float *out, int64_t
 #define turn turn8
 #endif
 
+#if TURNS
+/* Units of lanes [j, j + lanes), at most 8 of them, where units are contiguous in memory; writes more
+ * lanes than that where `width` has them. */
+static void pack_along(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j, int64_t lanes,
+                       int64_t width, int pairs, float *out) {
+    int64_t at[8], u = 0;
+    for (int64_t l = 0; l < 8; l++) at[l] = (j + least(l, lanes - 1)) * s.j_stride + u0 * (1 + pairs);
+    for (; u + 8 <= units; u += 8) {
+        if (width == ROWS)
+            turn8(s, at, pairs, out + u * ROWS, ROWS);
+        else
+            turn8(s, at, pairs, out + u * width, width);
+        for (int l = 0; l < 8; l++) at[l] += 8 * (1 + pairs);
+    }
+    for (; u < units; u++)
+        for (int64_t l = 0; l < lanes; l++)
+            out[u * width + l] = unit(s, u0 + u, j + l, k_end, pairs);
+}
+#endif
+
 /* out[units, width] = units [u0, u0 + units) of lanes [j0, j0 + count); lanes beyond are zero. */
 static void pack(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0, int64_t count,
                  int64_t width, int pairs, float *out) {
     int64_t j = 0;
     if (s.j_stride == 1 && width == ROWS && count == ROWS) {
-        for (int64_t u = 0; u < units; u++) rows_of(s, u0 + u, j0, k_end, pairs, out + u * ROWS);
+        const int64_t size = s.type == SS_F32 ? 4 : 2, each = (1 + pairs) * s.k_stride;
+        for (int64_t u = 0; u < units; u++) {
+            __builtin_prefetch(s.p + ((u0 + u + AHEAD) * each + j0) * size);
+            rows_of(s, u0 + u, j0, k_end, pairs, out + u * ROWS);
+        }
         return;
     }
     if (s.j_stride == 1)
@@ -360,12 +405,10 @@ static void pack(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0,
             for (int64_t u = 0; u < units; u++)
                 ss_vstore(out + u * width + j, lanes(s, u0 + u, j0 + j, k_end, pairs));
 #if TURNS
-    const int whole = !pairs || k_end % 2 == 0;
-    if (j == 0 && s.k_stride == 1 && whole)
+    else if (s.k_stride == 1 && (!pairs || k_end % 2 == 0)) {
         for (; j + SS_LANES <= count; j += SS_LANES) {
-            int64_t u = 0;
+            int64_t at[SS_LANES], u = 0;
             for (; u + SS_LANES <= units; u += SS_LANES) {
-                int64_t at[SS_LANES];
                 for (int64_t l = 0; l < SS_LANES; l++)
                     at[l] = (j0 + j + l) * s.j_stride + (u0 + u) * (1 + pairs);
                 turn(s, at, pairs, out + u * width + j, width);
@@ -374,6 +417,9 @@ static void pack(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0,
                 for (int64_t l = 0; l < SS_LANES; l++)
                     out[u * width + j + l] = unit(s, u0 + u, j0 + j + l, k_end, pairs);
         }
+        for (; j < count; j += least(8, count - j))
+            pack_along(s, u0, units, k_end, j0 + j, least(8, count - j), width, pairs, out + j);
+    }
 #endif
     if (j == width) return;
     for (int64_t u = 0; u < units; u++) {
@@ -397,40 +443,61 @@ SS_INLINE float lane(const char *p, const int kind, int64_t at, int64_t next) {
     return x;
 }
 
-/* Positions of the elements of a block of K, which make up `units` units. */
+/* Positions of the elements of a block of K, which make up `units` units; `runs`: whether eight units
+ * are neighbours in memory somewhere. */
 typedef struct {
-    const int64_t *at;
-    int64_t elements, units;
+    int64_t at[2 * KC], elements, units;
+    int runs;
 } Sum;
 
+static void list_sum(Source s, int64_t from, int64_t elements, int64_t units, int pairs, Sum *k) {
+    const int64_t many = 8 * (1 + pairs);
+    list(s.k, s.k_stride, from, elements, k->at);
+    k->elements = elements;
+    k->units = units;
+    k->runs = 0;
+    for (int64_t i = 0; i + many <= elements && !k->runs; i++)
+        k->runs = neighbours(k->at + i, many) == many;
+}
+
 /* Unit `u` of lanes which are neighbours in memory. */
-SS_INLINE void across(const char *p, const int kind, Sum k, int64_t u, int64_t j, const int lanes,
+SS_INLINE void across(const char *p, const int kind, const Sum *k, int64_t u, int64_t j, const int lanes,
                       float *out) {
     const int64_t i = kind == TWO_HALVES ? 2 * u : u;
-    const int64_t at = k.at[i] + j, next = i + 1 < k.elements ? k.at[i + 1] + j : -1;
-    for (int l = 0; l < lanes; l++) out[l] = lane(p, kind, at + l, next < 0 ? next : next + l);
+    const int64_t at = k->at[i] + j, next = i + 1 < k->elements ? k->at[i + 1] + j : -1;
+    if (kind == ONE_F32) {
+        memcpy(out, (const float *)p + at, 4 * lanes);
+        return;
+    }
+    float all[SS_LANES];
+    for (int l = 0; l < lanes; l++) all[l] = lane(p, kind, at + l, next < 0 ? next : next + l);
+    memcpy(out, all, 4 * lanes);
 }
 
 #if TURNS
-/* All units of eight lanes, eight at a time where they are neighbours in memory. */
-SS_INLINE void along(Source s, const int kind, Sum k, const int64_t *js, int64_t width, float *out) {
+/* All units of at most eight lanes, eight at a time where they are neighbours in memory and a row of
+ * the panel has `room` for so many lanes or no others. */
+SS_INLINE void listed_along(Source s, const int kind, const Sum *k, const int64_t *js, int64_t lanes,
+                            int64_t room, int64_t width, float *out) {
+    const int squares = room >= 8 || room == width;
     const int64_t each = kind == TWO_HALVES ? 2 : 1, many = 8 * each;
-    for (int64_t u = 0; u < k.units;) {
-        const int64_t *ks = k.at + each * u;
-        if (each * u + many <= k.elements && neighbours(ks, many) == many) {
+    for (int64_t u = 0; u < k->units;) {
+        const int64_t *ks = k->at + each * u;
+        float *o = out + u * width;
+        if (squares && each * u + many <= k->elements && neighbours(ks, many) == many) {
             int64_t at[8];
-            for (int l = 0; l < 8; l++) at[l] = js[l] + ks[0];
-            turn8(s, at, kind == TWO_HALVES, out + u * width, width);
+            for (int l = 0; l < 8; l++) at[l] = js[least(l, lanes - 1)] + ks[0];
+            turn8(s, at, kind == TWO_HALVES, o, width);
             u += 8;
             continue;
         }
-        for (int l = 0; l < 8; l++) across(s.p, kind, k, u, js[l], 1, out + u * width + l);
+        for (int64_t l = 0; l < lanes; l++) across(s.p, kind, k, u, js[l], 1, o + l);
         u++;
     }
 }
 #endif
 
-SS_INLINE void pack_kind(Source s, const int kind, Sum k, const int64_t *js, int64_t count,
+SS_INLINE void pack_kind(Source s, const int kind, const Sum *k, const int64_t *js, int64_t count,
                          int64_t width, float *out) {
     enum { FEW = 4 };
     for (int64_t j = 0, lanes; j < count; j += lanes) {
@@ -438,27 +505,28 @@ SS_INLINE void pack_kind(Source s, const int kind, Sum k, const int64_t *js, int
         float *o = out + j;
         lanes = run == SS_LANES ? run : run >= FEW ? FEW : 1;
 #if TURNS
-        if (run < FEW && count - j >= 8) {
-            lanes = 8;
-            along(s, kind, k, js + j, width, o);
+        if (run < FEW && k->runs) {
+            lanes = least(8, count - j);
+            listed_along(s, kind, k, js + j, lanes, width - j, width, o);
             continue;
         }
 #endif
-        for (int64_t u = 0; u < k.units; u++, o += width) {
-            if (lanes == SS_LANES)
-                across(s.p, kind, k, u, js[j], SS_LANES, o);
-            else if (lanes == FEW)
-                across(s.p, kind, k, u, js[j], FEW, o);
-            else
-                across(s.p, kind, k, u, js[j], 1, o);
-        }
+        if (lanes == SS_LANES)
+            for (int64_t u = 0; u < k->units; u++)
+                across(s.p, kind, k, u, js[j], SS_LANES, o + u * width);
+        else if (lanes == FEW)
+            for (int64_t u = 0; u < k->units; u++)
+                across(s.p, kind, k, u, js[j], FEW, o + u * width);
+        else
+            for (int64_t u = 0; u < k->units; u++)
+                across(s.p, kind, k, u, js[j], 1, o + u * width);
     }
-    for (int64_t u = 0; count < width && u < k.units; u++)
+    for (int64_t u = 0; count < width && u < k->units; u++)
         memset(out + u * width + count, 0, 4 * (width - count));
 }
 
-/* As pack, element (k, j) being at k.at[k] + js[j]. */
-static void pack_listed(Source s, Sum k, const int64_t *js, int64_t count, int64_t width, int pairs,
+/* As pack, element (k, j) being at k->at[k] + js[j]. */
+static void pack_listed(Source s, const Sum *k, const int64_t *js, int64_t count, int64_t width, int pairs,
                         float *out) {
     if (s.type == SS_F32)
         pack_kind(s, ONE_F32, k, js, count, width, out);
@@ -484,11 +552,11 @@ static void pack_rows(Source s, int64_t u0, int64_t units, int64_t k_end, int64_
     }
 }
 
-/* The same, element k of a row being at k.at[k] from where the row begins. */
-static void pack_rows_listed(Source s, Sum k, int64_t i0, int64_t count, int64_t width, float *out) {
+/* The same, element k of a row being at k->at[k] from where the row begins. */
+static void pack_rows_listed(Source s, const Sum *k, int64_t i0, int64_t count, int64_t width, float *out) {
     memset(out, 0, 4 * AMX_ROWS * width);
     for (int64_t r = 0; r < count; r++)
-        for (int64_t u = 0; u < k.units; u++)
+        for (int64_t u = 0; u < k->units; u++)
             across(s.p, TWO_HALVES, k, u, (i0 + r) * s.j_stride, 1, out + r * width + u);
 }
 #endif
@@ -534,10 +602,11 @@ static Shape shape_of(const ss_gemm *g) {
     s = of_length(s, g->k);
     const int even = g->k % 2 == 0 && g->grouping != SS_GROUPS_OF_SUM;
     s.direct = g->a_col == 1 && !g->a_sum && (g->type == SS_F32 || (s.pairs && even));
+    if (!s.amx) s.direct = s.direct && batches(g) * g->n < REUSED;
     if (s.amx) s.direct = s.direct && s.width == s.units;
     s.mc = least(MC / s.rows, blocks(g->m, s.rows)) * s.rows;
     const int64_t fit = TILES / (4 * s.mc * s.cols), all = batches(g) * blocks(g->n, s.cols);
-    s.panels = s.width <= KC ? 1 : most(1, least(fit, all));
+    s.panels = most(1, least(s.width <= KC ? least(fit, GROUP) : fit, all));
     return s;
 }
 
@@ -550,14 +619,19 @@ static int64_t packed_floats(const Shape *s) {
 
 int64_t ss_gemm_scratch(const ss_gemm *g) {
     Shape s = shape_of(g);
-    int64_t floats = panel_floats(&s) + tiles_floats(&s) + packed_floats(&s);
+    int64_t floats = GROUP * panel_floats(&s) + tiles_floats(&s) + packed_floats(&s);
     return blocks(4 * floats, 64) * 64;
 }
 
+/* A part of C: rows [i0, i1) and columns [j0, j1) of matrices [first, first + count). */
+typedef struct {
+    int64_t first, count, i0, i1, j0, j1;
+} Part;
+
 /* A block of K: its units, these padded, and lists of where its elements are, if there are any. */
 typedef struct {
-    int64_t u, units, wide, elements;
-    int64_t a[2 * KC], b[2 * KC];
+    int64_t u, units, wide;
+    Sum a, b;
 } Block;
 
 static void start_block(const Shape *s, Source left, Source right, int64_t u, Block *k) {
@@ -565,20 +639,19 @@ static void start_block(const Shape *s, Source left, Source right, int64_t u, Bl
     k->u = u;
     k->units = least(KC, s->units - u);
     k->wide = least(KC, s->width - u);
-    k->elements = least(each * k->units, s->k - each * u);
-    if (listed(left)) list(left.k, left.k_stride, each * u, k->elements, k->a);
-    if (listed(right)) list(right.k, right.k_stride, each * u, k->elements, k->b);
+    const int64_t elements = least(each * k->units, s->k - each * u);
+    if (listed(left)) list_sum(left, each * u, elements, k->units, s->pairs, &k->a);
+    if (listed(right)) list_sum(right, each * u, elements, k->units, s->pairs, &k->b);
 }
 
 static void pack_a(const Shape *s, Source a, int64_t i, int64_t rows, const Block *k, float *packed) {
-    const Sum sum = {k->a, k->elements, k->units};
 #if SS_AMX
     if (s->amx) {
         for (int64_t r = s->direct ? rows / s->rows * s->rows : 0; r < rows; r += s->rows) {
             const int64_t count = least(s->rows, rows - r);
             float *out = packed + (s->direct ? 0 : r * k->wide);
             if (listed(a))
-                pack_rows_listed(a, sum, i + r, count, k->wide, out);
+                pack_rows_listed(a, &k->a, i + r, count, k->wide, out);
             else
                 pack_rows(a, k->u, k->units, s->k, i + r, count, k->wide, out);
         }
@@ -591,27 +664,68 @@ static void pack_a(const Shape *s, Source a, int64_t i, int64_t rows, const Bloc
             int64_t at[ROWS];
             const int64_t count = least(ROWS, rows - r);
             list(a.j, a.j_stride, i + r, count, at);
-            pack_listed(a, sum, at, count, ROWS, s->pairs, packed + r * k->units);
+            pack_listed(a, &k->a, at, count, ROWS, s->pairs, packed + r * k->units);
         }
         return;
     }
-    /* All rows of a few units before the next units: rows may be neighbours in memory. */
-    for (int64_t v = 0; v < k->units; v += PACK_UNITS)
+    /* All rows of a few units before the next units where rows are neighbours in memory. */
+    const int64_t few = a.k_stride == 1 ? k->units : PACK_UNITS;
+    for (int64_t v = 0; v < k->units; v += few)
         for (int64_t r = 0; r < rows; r += ROWS)
-            pack(a, k->u + v, least(PACK_UNITS, k->units - v), s->k, i + r, least(ROWS, rows - r),
-                 ROWS, s->pairs, packed + r * k->units + v * ROWS);
+            pack(a, k->u + v, least(few, k->units - v), s->k, i + r, least(ROWS, rows - r), ROWS,
+                 s->pairs, packed + r * k->units + v * ROWS);
 }
 
-static void pack_b(const Shape *s, Source b, int64_t j, int64_t cols, const Block *k, float *panel) {
-    if (listed(b)) {
-        int64_t at[COLS < AMX_COLS ? AMX_COLS : COLS];
-        list(b.j, b.j_stride, j, cols, at);
-        const Sum sum = {k->b, k->elements, k->units};
-        pack_listed(b, sum, at, cols, s->cols, s->pairs, panel);
-    } else {
-        pack(b, k->u, k->units, s->k, j, cols, s->cols, s->pairs, panel);
+/* Where panel `q` of a part is: in matrix `batch`, columns [j, j + cols). */
+typedef struct {
+    int64_t batch, j, cols;
+} Panel;
+
+static Panel panel_of(const Shape *s, const Part *p, int64_t q) {
+    const int64_t across = blocks(p->j1 - p->j0, s->cols), j = p->j0 + q % across * s->cols;
+    return (Panel){q / across, j, least(s->cols, p->j1 - j)};
+}
+
+/* Packs `count` whole panels from column `j` on, row by row, where columns are contiguous in memory. */
+static void pack_rows_of_b(const Shape *s, Source b, int64_t j, int64_t count, const Block *k,
+                           float *panels) {
+    const int64_t floats = panel_floats(s), cols = s->cols;
+    const int64_t each = (1 + s->pairs) * b.k_stride, size = b.type == SS_F32 ? 4 : 2;
+    for (int64_t u = 0; u < k->units; u++) {
+        const char *ahead = b.p + ((k->u + u + AHEAD) * each + j) * size;
+        for (int64_t at = 0; at < count * cols * size; at += 64) __builtin_prefetch(ahead + at);
+        for (int64_t c = 0; c < count; c++)
+            for (int64_t v = 0; v < cols; v += SS_LANES)
+                ss_vstore(panels + c * floats + u * cols + v,
+                          lanes(b, k->u + u, j + c * cols + v, s->k, s->pairs));
     }
-    memset(panel + k->units * s->cols, 0, 4 * (k->wide - k->units) * s->cols);
+}
+
+/* Packs panels [q, q + count) of B; `step` is how many bytes its matrices are apart. */
+static void pack_b(const Shape *s, Source b, int64_t step, const Part *p, int64_t q, int64_t count,
+                   const Block *k, float *panels) {
+    const int64_t floats = panel_floats(s);
+    const char *start = b.p;
+    const Panel first = panel_of(s, p, q), last = panel_of(s, p, q + count - 1);
+    const int whole = first.batch == last.batch && last.cols == s->cols;
+    if (b.j_stride == 1 && !listed(b) && whole) {
+        b.p += first.batch * step;
+        pack_rows_of_b(s, b, first.j, count, k, panels);
+    }
+    for (int64_t c = 0; c < count; c++) {
+        float *out = panels + c * floats;
+        memset(out + k->units * s->cols, 0, 4 * (k->wide - k->units) * s->cols);
+        if (b.j_stride == 1 && !listed(b) && whole) continue;
+        const Panel at = panel_of(s, p, q + c);
+        b.p = start + at.batch * step;
+        if (listed(b)) {
+            int64_t js[COLS < AMX_COLS ? AMX_COLS : COLS];
+            list(b.j, b.j_stride, at.j, at.cols, js);
+            pack_listed(b, &k->b, js, at.cols, s->cols, s->pairs, out);
+        } else {
+            pack(b, k->u, k->units, s->k, at.j, at.cols, s->cols, s->pairs, out);
+        }
+    }
 }
 
 /* tiles[rows, cols] (+)= A[rows, block of K] * panel. */
@@ -639,16 +753,12 @@ static void multiply(const Shape *s, Source a, const float *packed, int64_t i, i
     }
 }
 
-/* A part of C: rows [i0, i1) and columns [j0, j1) of matrices [first, first + count). */
-typedef struct {
-    int64_t first, count, i0, i1, j0, j1;
-} Part;
-
 /* `right` is B of the first matrix, that of the next is `step` bytes further. */
 static void product(const Shape *s, Source left, Source right, int64_t step, Part p,
                     void *const *buffers, float *scratch) {
-    float *panel = scratch, *tiles = panel + panel_floats(s), *packed = tiles + tiles_floats(s);
-    const int64_t across = blocks(p.j1 - p.j0, s->cols), all = p.count * across;
+    float *panels = scratch, *tiles = panels + GROUP * panel_floats(s);
+    float *packed = tiles + tiles_floats(s);
+    const int64_t all = p.count * blocks(p.j1 - p.j0, s->cols), each = s->mc * s->cols;
     Block k;
     for (int64_t i = p.i0; i < p.i1; i += s->mc) {
         const int64_t rows = least(s->mc, p.i1 - i);
@@ -660,19 +770,18 @@ static void product(const Shape *s, Source left, Source right, int64_t step, Par
                     pack_a(s, left, i, rows, &k, packed);
                 }
                 for (int64_t q = 0; q < count; q++) {
-                    const int64_t at = from + q, j = p.j0 + at % across * s->cols;
-                    const int64_t cols = least(s->cols, p.j1 - j);
-                    Source b = right;
-                    b.p += at / across * step;
-                    pack_b(s, b, j, cols, &k, panel);
-                    multiply(s, left, packed, i, rows, &k, cols, panel, tiles + q * s->mc * s->cols);
+                    const Panel at = panel_of(s, &p, from + q);
+                    const float *panel = panels + q % GROUP * panel_floats(s);
+                    if (q % GROUP == 0)
+                        pack_b(s, right, step, &p, from + q, least(GROUP, count - q), &k, panels);
+                    multiply(s, left, packed, i, rows, &k, at.cols, panel, tiles + q * each);
                 }
             }
             if (s->units == 0) memset(tiles, 0, 4 * tiles_floats(s));
             for (int64_t q = 0; q < count; q++) {
-                const int64_t at = from + q, j = p.j0 + at % across * s->cols;
-                s->g->finish(buffers, p.first + at / across, i, j, rows, least(s->cols, p.j1 - j),
-                             tiles + q * s->mc * s->cols, s->cols);
+                const Panel at = panel_of(s, &p, from + q);
+                s->g->finish(buffers, p.first + at.batch, i, at.j, rows, at.cols, tiles + q * each,
+                             s->cols);
             }
         }
     }

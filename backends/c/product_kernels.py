@@ -17,7 +17,7 @@ from .nodes import Node, Ref
 from .products import AXES, axes_of, grouping_of, sides_of
 from .sides import Digits, Frame, Side, stride_of
 
-ROWS, COLS, KC, MC, TILES = 32, 48, 384, 256, 512 << 10  # at least those of gemm.c
+ROWS, COLS, KC, MC, GROUP, TILES = 32, 48, 384, 256, 4, 512 << 10  # at least those of gemm.c
 DIGITS = 4  # SS_DIGITS of gemm.h
 ALIGNMENT = 64
 TYPES = {torch.float32: "SS_F32", torch.bfloat16: "SS_BF16"}
@@ -140,12 +140,11 @@ class ProductWriter(KernelWriter):
         """Bytes for all threads, and how many may take part."""
         k = self.sides.summed + ROWS  # padding of K
         rows = min(MC, -(-self.sizes["row"] // ROWS) * ROWS)
-        cols = COLS
-        if k > KC:  # tiles of many columns wait for the next block of K
-            all_cols = self.sizes["batch"] * (self.sizes["image"] * self.sizes["col"] + COLS)
-            cols = max(COLS, min(all_cols, TILES // (4 * rows)))
+        all_cols = self.sizes["batch"] * (self.sizes["image"] * self.sizes["col"] + COLS)
+        fit = max(COLS, min(all_cols, TILES // (4 * rows)))
+        cols = fit if k > KC else min(fit, GROUP * COLS)  # tiles that wait for the next block of K
         block = min(k, KC)
-        each = 4 * (COLS * block + rows * cols + rows * block) + 64
+        each = 4 * (GROUP * COLS * block + rows * cols + rows * block) + 64
         threads = torch.get_num_threads()
         return each * threads, threads
 
