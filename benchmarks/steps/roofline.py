@@ -22,8 +22,9 @@ from shoestring.ir import Function, Kind, Role
 from shoestring.ir.errors import BackendError
 
 SOURCE = Path(__file__).with_name("peaks.c")
-SIZES = (1024, 2048)
+SIZES = (256, 1024, 2048)
 REPEATS = 12
+MM_SECONDS = 4.0
 KEPT_ROLES = (Role.PARAMETER, Role.BUFFER, Role.MOMENT)
 
 
@@ -106,11 +107,14 @@ def _native_rates() -> dict[str, float]:
 
 
 def _mm_rate(dtype: torch.dtype) -> float:
-    best = 0.0
+    """The best of some sizes; where a type has no fast product, of those that are done in time."""
+    best, stop = 0.0, time.perf_counter() + MM_SECONDS
     for n in SIZES:
         a, b = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype)
         for _ in range(REPEATS):
             start = time.perf_counter()
+            if start + (2 * n**3 / best if best else 0.0) > stop:
+                return best
             torch.mm(a, b)
             best = max(best, 2 * n**3 / (time.perf_counter() - start))
     return best
