@@ -49,7 +49,7 @@ enum {
     TILES = 512 << 10,       /* about the most bytes of tiles that wait for the next block of K */
     PACK_UNITS = 32,         /* units of K that are packed of all rows before the next */
     REUSED = SS_LANES == 8 ? 128 : INT32_MAX, /* columns from which on packing A pays in any case */
-    PACK_A = 6, PACK_B = 4,  /* cost of packing one element, in multiply-adds */
+    PACK_A = 20, PACK_B = 16, /* cost of packing one element, in multiply-adds */
     ALONE = 1 << 17,         /* multiply-adds below which one thread is faster */
     LARGE = 1 << 25,         /* multiply-adds from which on each thread has SHARE parts */
     SHARE = 4,
@@ -60,6 +60,8 @@ enum {
 #else
 #define PAIRS 0
 #endif
+
+static const double FEWER = 1.1; /* how much less time fewer parts must take */
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
@@ -432,11 +434,11 @@ static void pack(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0,
 /* What a lane of a unit is made of. */
 enum { ONE_F32, ONE_HALF, TWO_HALVES };
 
-/* The element `at`, or a pair of elements (`next` < 0: a zero). */
-SS_INLINE float lane(const char *p, const int kind, int64_t at, int64_t next) {
+/* The element `at`, or it and the element `next`, which is a zero where it is not `paired`. */
+SS_INLINE float lane(const char *p, const int kind, int64_t at, int64_t next, int paired) {
     if (kind == ONE_F32) return ((const float *)p)[at];
     const uint16_t *halves = (const uint16_t *)p;
-    const uint32_t high = kind == ONE_HALF ? halves[at] : next < 0 ? 0 : halves[next];
+    const uint32_t high = kind == ONE_HALF ? halves[at] : paired ? halves[next] : 0;
     const uint32_t word = high << 16 | (kind == TWO_HALVES ? halves[at] : 0);
     float x;
     memcpy(&x, &word, 4);
@@ -464,13 +466,14 @@ static void list_sum(Source s, int64_t from, int64_t elements, int64_t units, in
 SS_INLINE void across(const char *p, const int kind, const Sum *k, int64_t u, int64_t j, const int lanes,
                       float *out) {
     const int64_t i = kind == TWO_HALVES ? 2 * u : u;
-    const int64_t at = k->at[i] + j, next = i + 1 < k->elements ? k->at[i + 1] + j : -1;
+    const int paired = kind == TWO_HALVES && i + 1 < k->elements;
+    const int64_t at = k->at[i] + j, next = paired ? k->at[i + 1] + j : 0;
     if (kind == ONE_F32) {
         memcpy(out, (const float *)p + at, 4 * lanes);
         return;
     }
     float all[SS_LANES];
-    for (int l = 0; l < lanes; l++) all[l] = lane(p, kind, at + l, next < 0 ? next : next + l);
+    for (int l = 0; l < lanes; l++) all[l] = lane(p, kind, at + l, next + l, paired);
     memcpy(out, all, 4 * lanes);
 }
 
@@ -845,29 +848,32 @@ static double part_cost(const Shape *s, int64_t rows, int64_t cols) {
     return ((double)rows * cols + a + b) * s->units;
 }
 
-/* At least `parts` parts where the matrix has that many tiles, for `threads`: those that take the
- * least time, given that each part packs its rows of A and its columns of B for itself. */
+/* `parts` parts or more where the matrix has that many tiles, or fewer, but one for each thread, where
+ * that takes much less time, given that each part packs its rows of A and its columns of B itself. */
 static Cut cut(const Shape *s, int64_t parts, int64_t threads) {
     const ss_gemm *g = s->g;
     const int64_t high = blocks(g->m, s->rows), wide = blocks(g->n, s->cols);
     const int64_t deep = most(1, batches(g) / parts), groups = blocks(g->batch, deep);
-    const int64_t each = blocks(parts, groups);
+    const int64_t each = least(blocks(parts, groups), high * wide);
+    const int64_t needed = least(blocks(threads, groups), each);
     Cut best = {0};
     double least_cost = 0;
-    for (int64_t across = 1; across <= least(wide, each); across++) {
-        const int64_t down = least(high, blocks(each, across));
-        if (across < least(wide, each) && down * across < each) continue;
-        Cut c = {.groups = groups, .deep = deep};
-        c.high = blocks(high, down) * s->rows;
-        c.wide = blocks(wide, across) * s->cols;
-        c.down = blocks(g->m, c.high);
-        c.across = blocks(g->n, c.wide);
-        const int64_t turns = blocks(groups * c.down * c.across, threads);
-        const double cost = turns * part_cost(s, least(c.high, g->m), deep * least(c.wide, g->n));
-        if (best.down && cost >= least_cost) continue;
-        best = c;
-        least_cost = cost;
-    }
+    for (int64_t across = 1; across <= least(wide, each); across++)
+        for (int64_t down = 1; down <= least(high, blocks(each, across)); down++) {
+            Cut c = {.groups = groups, .deep = deep};
+            c.high = blocks(high, down) * s->rows;
+            c.wide = blocks(wide, across) * s->cols;
+            c.down = blocks(g->m, c.high);
+            c.across = blocks(g->n, c.wide);
+            if (c.down * c.across < needed && down * across < each) continue;
+            const int64_t turns = blocks(groups * c.down * c.across, threads);
+            const int64_t cols = deep * least(c.wide, g->n);
+            double cost = turns * part_cost(s, least(c.high, g->m), cols);
+            if (c.down * c.across < each) cost *= FEWER;
+            if (best.down && cost >= least_cost) continue;
+            best = c;
+            least_cost = cost;
+        }
     return best;
 }
 

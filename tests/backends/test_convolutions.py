@@ -1,0 +1,218 @@
+"""Generated convolutions and their gradients: odd sizes, strides, frames, epilogues, other machines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shoestring.backends.c import CBackend, CExecutable
+from shoestring.backends.c.build import cpu_identity
+from shoestring.backends.instructions import CallKernel, CallTorch
+from shoestring.ir import Function, TensorType, trace
+
+from .helpers import copies, difference
+
+aten = torch.ops.aten
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A convolution; `taps`, `stride`, `padding`, `dilation` have a number for each dimension."""
+
+    images: int
+    channels: int
+    out: int
+    size: tuple[int, ...]
+    taps: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    bias: bool = True
+    groups: int = 1
+
+    def call(self) -> list[Any]:
+        """The arguments behind x, weight and bias."""
+        rank = len(self.size)
+        strides, gaps = self.stride or (1,) * rank, self.dilation or (1,) * rank
+        padding = self.padding or (0,) * rank
+        rest = [list(strides), list(padding), list(gaps), False, [0] * rank, self.groups]
+        return rest
+
+    def places(self) -> tuple[int, ...]:
+        """The size of a result."""
+        strides, padding, gaps, *_ = self.call()
+        sizes = zip(self.size, self.taps, strides, padding, gaps, strict=True)
+        return tuple((n + 2 * p - g * (t - 1) - 1) // s + 1 for n, t, s, p, g in sizes)
+
+    def inputs(self) -> list[Tensor]:
+        """x, weight, bias and the gradient of the result."""
+        torch.manual_seed(0)
+        x = torch.randn(self.images, self.channels, *self.size)
+        w = torch.randn(self.out, self.channels // self.groups, *self.taps)
+        g = torch.randn(self.images, self.out, *self.places())
+        scale = (w.numel() / self.out) ** -0.5
+        return [t.to(self.dtype) for t in (x, w * scale, torch.randn(self.out), g)]
+
+
+def everything(case: Case, x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    """The result and all gradients."""
+    bias = b if case.bias else None
+    y = aten.convolution(x, w, bias, *case.call())
+    mask = [True, True, case.bias]
+    backward = aten.convolution_backward(g, x, w, [case.out], *case.call(), mask)
+    return (y, *(t for t in backward if t is not None))
+
+
+def traced(f: Callable[..., Any], arguments: list[Tensor]) -> Function:
+    return trace(f, [TensorType(t.dtype, tuple(t.shape)) for t in arguments], "f")
+
+
+def check(case: Case, *, ours: int | None = None) -> CExecutable:
+    """Compares two runs with double precision; `ours`: how many products are generated code."""
+    arguments = case.inputs()
+    executable = CBackend().compile(traced(lambda *t: everything(case, *t), arguments))
+    wanted = everything(case, *(t.double() for t in arguments))
+    for _ in range(2):
+        for found, reference in zip(executable.run(copies(arguments)), wanted, strict=True):
+            limit = TOLERANCE[case.dtype] * max(1.0, float(reference.abs().max()))
+            wrong = difference(found.double(), reference, 0, limit)
+            assert not wrong, f"{case}: {wrong}"
+    assert isinstance(executable, CExecutable)
+    if ours is not None:
+        kernels = [i for i in executable.instructions if isinstance(i, CallKernel)]
+        assert sum(any("convolution" in op for op in k.ops) for k in kernels) == ours
+        assert library_calls(executable) == (3 if case.groups == 1 else 2) - ours
+    return executable
+
+
+def library_calls(executable: CExecutable) -> int:
+    calls = [i for i in executable.instructions if isinstance(i, CallTorch)]
+    return sum("convolution" in c.name for c in calls)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    rank = draw(st.integers(1, 3))
+    sizes = [1, 2, 4, 5, 8, 9, 16, 17, 33] if rank < 3 else [1, 2, 3, 6]
+
+    def each(values: list[int]) -> tuple[int, ...]:
+        return tuple(draw(st.sampled_from(values)) for _ in range(rank))
+
+    case = Case(
+        draw(st.sampled_from([1, 2, 3, 8])),
+        draw(st.sampled_from([1, 3, 4, 5, 16])),
+        draw(st.sampled_from([4, 5, 7, 16, 33])),
+        each(sizes),
+        each([1, 2, 3, 5]),
+        each([1, 1, 1, 2, 3]),
+        each([0, 1, 2, 3]),
+        each([1, 1, 2]),
+        draw(st.sampled_from(list(TOLERANCE))),
+        draw(st.booleans()),
+    )
+    assume(min(case.places()) > 0)
+    return case
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_any(case: Case) -> None:
+    check(case)
+
+
+SOME = [
+    Case(3, 5, 7, (16, 16), (3, 3), padding=(1, 1)),
+    Case(33, 16, 24, (2, 2), (3, 3), padding=(1, 1)),  # images side by side, over several panels
+    Case(3, 70, 40, (9, 11), (3, 3), padding=(1, 1), bias=False),  # K in two blocks
+    Case(2, 16, 8, (7, 5), (1, 1), bias=False),
+    Case(2, 4, 8, (12, 12, 3), (3, 3, 3), padding=(1, 1, 0)),
+    Case(2, 6, 8, (40,), (4,), padding=(2,), dilation=(2,)),
+]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_all_three_products_are_generated(case: Case, dtype: torch.dtype) -> None:
+    check(Case(**{**case.__dict__, "dtype": dtype}), ours=3)
+
+
+def test_the_library_takes_what_has_no_kernel() -> None:
+    check(Case(2, 8, 8, (9, 9), (3, 3), (2, 2), (1, 1)), ours=2)  # the gradient of a strided input
+    check(Case(2, 8, 8, (9, 9), (3, 3), groups=2), ours=0)
+    check(Case(2, 3, 8, (9, 9), (3, 3)), ours=2)  # rows of three channels
+    check(Case(2, 4, 2, (9, 9), (3, 3)), ours=1)
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic", "emulated-amx"])
+def test_other_instruction_sets(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isa == "avx512" and "avx512f" not in cpu_identity().split():
+        pytest.skip(f"this machine has no {isa}")
+    monkeypatch.setenv("SHOESTRING_ISA", isa)
+    for case in SOME:
+        for dtype in TOLERANCE:
+            check(Case(**{**case.__dict__, "dtype": dtype}))
+
+
+def test_what_follows_is_done_in_the_kernel() -> None:
+    for size in [(8, 8), (3, 3)]:  # an image a matrix; images side by side
+        case = Case(5, 4, 6, size, (3, 3), padding=(1, 1))
+        x, w, b, g = case.inputs()
+        scale = torch.randn(6, 1, 1)
+
+        def block(x: Tensor, w: Tensor, b: Tensor, g: Tensor, scale: Tensor) -> Tensor:
+            y = aten.convolution(x, w, b, *case.call())  # noqa: B023
+            return torch.relu(y * scale) + g
+
+        arguments = [x, w, b, g, scale]
+        executable = CBackend().compile(traced(block, arguments))
+        assert isinstance(executable, CExecutable) and len(executable.instructions) == 1
+        (found,) = executable.run(arguments)
+        assert not difference(found, block(*arguments), 1e-5, 1e-5)
+
+
+def test_operands_that_are_views() -> None:
+    """Images with their channels last, and a weight that is turned."""
+
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        y = aten.convolution(x.permute(0, 3, 1, 2), w.permute(1, 0, 2, 3), None, *case.call())
+        return y * 2
+
+    for padding in [(1, 1), (0, 0)]:
+        case = Case(3, 5, 6, (9, 8), (3, 3), padding=padding)
+        arguments = [torch.randn(3, 9, 8, 5), torch.randn(5, 6, 3, 3)]
+        executable = CBackend().compile(traced(f, arguments))
+        assert library_calls(executable) == 0
+        assert not difference(executable.run(arguments)[0], f(*arguments), 1e-5, 1e-5)
+
+
+def test_same_for_every_number_of_threads() -> None:
+    case = Case(6, 16, 32, (12, 12), (3, 3), padding=(1, 1))
+    arguments = case.inputs()
+    executable = CBackend().compile(traced(lambda *t: everything(case, *t), arguments))
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append([t.clone() for t in executable.run(arguments)])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+def test_nan_stays_where_it_is() -> None:
+    case = Case(2, 4, 4, (6, 6), (3, 3), padding=(1, 1), bias=False)
+    x, w, b, g = case.inputs()
+    x[0, 1, 2, 3] = torch.nan
+    executable = CBackend().compile(traced(lambda *t: everything(case, *t), [x, w, b, g]))
+    for found, wanted in zip(executable.run([x, w, b, g]), everything(case, x, w, b, g), strict=True):
+        assert torch.equal(found.isnan(), wanted.isnan())
