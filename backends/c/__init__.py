@@ -19,10 +19,14 @@ class CBackend:
 
     Attributes:
         fuse: whether nodes share kernels; off for debugging.
+        measure: whether large convolutions are made by kernels of ours or of PyTorch's as measured
+            on this machine (once; the times are kept in the cache); off, by ours wherever there is
+            one, so that equal programs are equal on equal machines.
     """
 
     name: str = "c"
     fuse: bool = True
+    measure: bool = True
 
     def compile(self, function: Function) -> CExecutable:
         """The function, with its kernels built (or taken from the cache) and memory planned.
@@ -31,7 +35,7 @@ class CBackend:
             BackendError: SS4101, SS4102 for what is refused, SS42xx where C does not build.
         """
         start = time.perf_counter()
-        lowered = lower(function, fuse=self.fuse)
+        lowered = lower(function, fuse=self.fuse, measure=self.measure)
         library, built = None, None
         if lowered.sources:
             built = build(lowered.sources)

@@ -37,7 +37,7 @@ HEADERS = (
     "run.h",
 )
 # Written by hand, compiled once for a machine and linked to every library.
-RUNTIME = ("gemm.c", "frame.c", "attention.c", "pool.c", "run.c")
+RUNTIME = ("gemm.c", "frame.c", "attention.c", "pool.c", "trial.c", "run.c")
 JOBS = max(2, os.cpu_count() or 1)
 
 
@@ -172,6 +172,15 @@ def _cached(key: str, product: str, make: Callable[[Path], None]) -> Build:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Build(folder / product, folder, False)
+
+
+def machine_key() -> str:
+    """What the speed and the code of hand-written kernels depend on.
+
+    Raises:
+        BackendError: SS4201 without a compiler.
+    """
+    return _key(find_compiler(), {})
 
 
 def _key(compiler: str, texts: Mapping[str, str]) -> str:

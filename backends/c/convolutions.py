@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from shoestring.ir import Op
 
-from .sides import Frame, Side, Sides, simplified
+from .sides import Frame, Side, Sides, count_of, simplified
 
 if TYPE_CHECKING:
     from .nodes import Node
@@ -80,7 +80,6 @@ def by_image(shape: Sequence[int]) -> bool:
     return math.prod(shape[2:]) >= MANY
 
 
-
 def _spatial(op: Op, name: str, rank: int, missing: int = 1) -> tuple[int, ...]:
     """An attribute for each of the three dimensions."""
     given = tuple(op.attr(name))
@@ -132,6 +131,7 @@ def sides_of(node: Node, role: Role) -> Sides:
     place_steps = [s * a for s, a in zip(steps, along[2:], strict=True)]
     place = list(zip(places, place_steps, strict=True))
     left_rest = list(zip(left_shape[2:], left_steps[2:], strict=True))
+    images = 1
     if role is Role.WEIGHT:
         sums = simplified([(left_shape[0], left_steps[0]), *left_rest])
         a = Side(left, 0, ((left_shape[1], left_steps[1]),), sums)
@@ -143,9 +143,9 @@ def sides_of(node: Node, role: Role) -> Sides:
         if by_image(node.outs[0].shape):
             b = Side(right, along[0], window, simplified(place), first)
         else:
-            b = Side(right, 0, window, simplified([(image[0], along[0]), *place]), first)
-    summed = math.prod(size for size, _ in a.cols)
-    return Sides(a, b, summed, frame if frame.is_needed else None)
+            images = image[0]
+            b = Side(right, 0, window, simplified([(images, along[0]), *place]), first)
+    return Sides(a, b, count_of(a.cols), frame if frame.is_needed else None, images)
 
 
 def _row_major(shape: Sequence[int]) -> tuple[int, ...]:

@@ -33,6 +33,7 @@ from .library import way_of
 from .nodes import Base, Node, NodeOperand, Ref, WorkList, normalize
 from .product_kernels import ProductWriter
 from .schedule import Order, schedule
+from .tuning import slower_products
 
 SOURCE_FILES = 4
 HEADER_OF = {"gemm.h": "ss_gemm", "attention.h": "ss_attention"}
@@ -56,14 +57,20 @@ class Lowered:
     kernels: list[KernelInfo]
 
 
-def lower(function: Function, *, fuse: bool = True) -> Lowered:
+def lower(function: Function, *, fuse: bool = True, measure: bool = False) -> Lowered:
     """The function as instructions over planned memory, and the C source of its kernels.
+
+    Args:
+        function: with static shapes.
+        fuse: whether nodes share kernels.
+        measure: whether products that this machine's library may make faster are tried both ways.
 
     Raises:
         BackendError: SS4101 where a shape is symbolic, SS4102 where an encoding is not dense.
     """
     _check(function)
-    work = normalize(decompose(function))
+    decomposed = decompose(function)
+    work = normalize(decomposed, slower_products(decomposed) if measure else None)
     grouping = Grouping(work, fuse)
     units = grouping.finished()
     stored = _stored(work, grouping)
@@ -171,7 +178,7 @@ class _Emitter:
         found = claim(node)
         if isinstance(found, Claim):
             return self.claimed_call(node, found)
-        return self.library_call(node, found or "")
+        return self.library_call(node, found or self.work.refused.get(node.op.results[0], ""))
 
     def library_call(self, node: Node, why: str) -> CallTorch:
         operands = tuple(self.operand(o) for o in node.operands)

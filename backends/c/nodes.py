@@ -19,9 +19,10 @@ import torch
 from shoestring.ir import Function, Kind, Loc, Number, Op, Value, lookup, operand_values, run_op
 
 from .claims import Orders, result_orders
+from .convolutions import role_of
 from .expressions import HALVES, has_expression, scalar_fill
 from .layout import VIEWS, Layout, permute, reshape, row_major, split_parts
-from .products import bias_of, is_product, matrices_of, role_of
+from .products import bias_of, is_product, matrices_of
 from .reductions import has_reduction, reduced_dims
 
 # A constant of more elements than this is computed by each step instead of being kept.
@@ -144,6 +145,7 @@ class WorkList:
     known: dict[Value, torch.Tensor] = field(default_factory=dict[Value, torch.Tensor])
 
     nexts: dict[Value, Ref] = field(default_factory=dict[Value, Ref])
+    refused: Mapping[Value, str] = field(default_factory=dict[Value, str])
 
     # -- making things -------------------------------------------------------------------------
 
@@ -183,7 +185,7 @@ class WorkList:
     def visit(self, op: Op) -> None:
         if self.view(op) or self.fold(op) or self.widen(op):
             return
-        if is_product(op):
+        if is_product(op) and op.results[0] not in self.refused:
             self.product(op)
             return
         work = classify(op)
@@ -385,9 +387,14 @@ def _is_random(op: Op) -> bool:
     return torch.Tag.nondeterministic_seeded in find_overload(op.name).tags
 
 
-def normalize(function: Function) -> WorkList:
-    """The function as nodes over bases."""
-    work = WorkList(function)
+def normalize(function: Function, refused: Mapping[Value, str] | None = None) -> WorkList:
+    """The function as nodes over bases.
+
+    Args:
+        function: with static shapes.
+        refused: results of products that are left to the library, and why.
+    """
+    work = WorkList(function, refused=refused or {})
     for index, p in enumerate(function.params):
         t = p.value.type
         label = f"{p.role.value} {p.path}"

@@ -6,8 +6,6 @@ part stores them, with everything else of the kernel done to each element on the
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from .expressions import rounded
@@ -15,11 +13,9 @@ from .groups import Placed
 from .kernels import Kernel, KernelWriter, Loop
 from .nodes import Node, Ref
 from .products import AXES, axes_of, grouping_of, sides_of
-from .sides import Digits, Frame, Side, stride_of
+from .sides import Digits, Frame, Numbers, Side, stride_of, written_out
 
 ROWS, COLS, KC, MC, GROUP, TILES = 32, 48, 384, 256, 4, 512 << 10  # at least those of gemm.c
-DIGITS = 4  # SS_DIGITS of gemm.h
-ALIGNMENT = 64
 TYPES = {torch.float32: "SS_F32", torch.bfloat16: "SS_BF16"}
 
 
@@ -76,8 +72,8 @@ class ProductWriter(KernelWriter):
         lines, framed = [self._shape()], 0
         scratch = f"b[{len(self.pointers)}]"
         if frame is not None:
-            text, framed = self._frame(frame, b.ref)
-            lines += [text, f"    ss_frame_run(&frame, {right}, {scratch});"]
+            framed = frame.nbytes(b.ref)
+            lines += [_frame(frame, b.ref), f"    ss_frame_run(&frame, {right}, {scratch});"]
             right = f"(const char *){scratch}{_plus(b.offset, b.ref)}"
             scratch = f"(char *){scratch} + {framed}"
         room, threads = self._scratch()
@@ -125,17 +121,6 @@ class ProductWriter(KernelWriter):
             f"    }};"
         )
 
-    def _frame(self, frame: Frame, ref: Ref) -> tuple[str, int]:
-        """The copy of a side within zeros, and how many bytes it takes."""
-        images, channels = ref.shape[:2]
-        missing = len(frame.size) + 2 - len(ref.shape)
-        strides = (*ref.layout.strides[:2], *(0,) * missing, *ref.layout.strides[2:])
-        numbers = [(images, channels, *frame.inner), strides, frame.before, frame.size]
-        text = ", ".join("{" + ", ".join(map(str, n)) + "}" for n in numbers)
-        count = images * channels * math.prod(frame.size)
-        size = -(-count * ref.dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        return f"    static const ss_frame frame = {{{ref.dtype.itemsize}, {text}}};", size
-
     def _scratch(self) -> tuple[int, int]:
         """Bytes for all threads, and how many may take part."""
         k = self.sides.summed + ROWS  # padding of K
@@ -159,7 +144,14 @@ def _strides(side: Side) -> str:
 
 
 def _digits(digits: Digits) -> str:
-    """As the initializer of an `ss_digits`: sizes, then strides."""
-    whole = ((1, 0),) * (DIGITS - len(digits)) + digits
-    sizes, strides = (", ".join(map(str, column)) for column in zip(*whole, strict=True))
-    return f"{{{{{sizes}}}, {{{strides}}}}}"
+    """The initializer of an `ss_digits`."""
+    return "{" + ", ".join(map(_numbers, written_out(digits))) + "}"
+
+
+def _frame(frame: Frame, ref: Ref) -> str:
+    numbers = ", ".join(map(_numbers, frame.numbers(ref)))
+    return f"    static const ss_frame frame = {{{ref.dtype.itemsize}, {numbers}}};"
+
+
+def _numbers(numbers: Numbers) -> str:
+    return "{" + ", ".join(map(str, numbers)) + "}"

@@ -1,8 +1,8 @@
 """Matrix products that generated code carries out, and the loops of what follows them.
 
-A product has four axes: matrices of a batch, rows, and columns, which may be those of several images
-side by side. Its epilogue is called with blocks of rows and columns; so what the epilogue reads and
-writes must be walked by one stride an axis.
+A product has four axes: matrices of a batch, rows, and columns, which may be those of several
+images side by side. Its epilogue is called with blocks of rows and columns; so what the epilogue
+reads and writes must be walked by one stride an axis.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .nodes import Node, Ref
 
+DIGITS = 4  # SS_DIGITS of gemm.h
+ALIGNMENT = 64
+Numbers = tuple[int, ...]
 Digits = tuple[tuple[int, int], ...]
 """(size, stride) of nested loops over one dimension, outermost first: `ss_digits` of gemm.h."""
 
@@ -49,15 +53,34 @@ class Frame:
     def is_needed(self) -> bool:
         return any(self.before) or self.inner != self.size
 
+    def numbers(self, ref: Ref) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+        """What an `ss_frame` of gemm.h holds behind the size of an element."""
+        missing = len(self.size) + 2 - len(ref.shape)
+        strides = (*ref.layout.strides[:2], *(0,) * missing, *ref.layout.strides[2:])
+        return (*ref.shape[:2], *self.inner), strides, self.before, self.size
+
+    def nbytes(self, ref: Ref) -> int:
+        """Bytes of the copy, up to where something else may begin."""
+        count = math.prod((*ref.shape[:2], *self.size))
+        return -(-count * ref.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
 
 @dataclass(frozen=True)
 class Sides:
-    """A product's operands; `frame`: the right one is read from such a copy of it."""
+    """A product's operands.
+
+    Attributes:
+        a, b: left and right.
+        summed: the size of the dimension that both have.
+        frame: where the right one is read from a copy of it within zeros.
+        images: how many stretches its columns come in.
+    """
 
     a: Side
     b: Side
     summed: int
     frame: Frame | None = None
+    images: int = 1
 
 
 def simplified(digits: Iterable[tuple[int, int]]) -> Digits:
@@ -78,6 +101,17 @@ def stride_of(digits: Digits) -> int | None:
     if len(digits) > 1:
         return None
     return digits[0][1] if digits else 0
+
+
+def count_of(digits: Digits) -> int:
+    """The size of a dimension."""
+    return math.prod(size for size, _ in digits)
+
+
+def written_out(digits: Digits) -> tuple[Numbers, Numbers]:
+    """The sizes and the strides of an `ss_digits`."""
+    whole = ((1, 0),) * (DIGITS - len(digits)) + digits
+    return tuple(size for size, _ in whole), tuple(stride for _, stride in whole)
 
 
 def of_matrices(node: Node) -> Sides:

@@ -1,4 +1,4 @@
-"""Generated convolutions and their gradients: odd sizes, strides, frames, epilogues, other machines."""
+"""Generated convolutions and their gradients: odd sizes, strides, frames, epilogues, machines."""
 
 from __future__ import annotations
 
@@ -214,5 +214,6 @@ def test_nan_stays_where_it_is() -> None:
     x, w, b, g = case.inputs()
     x[0, 1, 2, 3] = torch.nan
     executable = CBackend().compile(traced(lambda *t: everything(case, *t), [x, w, b, g]))
-    for found, wanted in zip(executable.run([x, w, b, g]), everything(case, x, w, b, g), strict=True):
-        assert torch.equal(found.isnan(), wanted.isnan())
+    found = executable.run([x, w, b, g])
+    for mine, wanted in zip(found, everything(case, x, w, b, g), strict=True):
+        assert torch.equal(mine.isnan(), wanted.isnan())

@@ -1,0 +1,227 @@
+"""Kernel of ours or PyTorch's, decided by measuring both on this machine, once.
+
+For a product of matrices ours is the choice: what follows it costs nothing more, and alone it is
+about as fast. For a convolution the library knows other ways, so each one that is large enough to
+matter is tried both ways when it is met first; the times stay in the cache of kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from shoestring.ir import Builder, Function, Op, Role, Value
+from shoestring.ir.inference import attrs_key
+
+from .build import build, cache_folder, machine_key
+from .calls import Pool
+from .convolutions import role_of
+from .library import bind_call, way_of
+from .nodes import Node, Work, normalize
+from .openmp import considerate
+from .product_kernels import TYPES
+from .products import is_product, matrices_of, sides_of
+from .sides import DIGITS, count_of, stride_of, written_out
+
+WORTH = 1 << 25  # FLOPs below which nothing is measured
+ROUNDS = 2
+MARGIN = 0.9  # the library's share of our time from which on it is taken: ours saves what follows
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one op, each way the best of a few runs."""
+
+    own: float
+    library: float
+
+    @property
+    def refusal(self) -> str:
+        """Why the library does it; empty where it does not."""
+        if self.library >= MARGIN * self.own:
+            return ""
+        return f"measured here: {1e3 * self.library:.2f} ms, ours {1e3 * self.own:.2f} ms"
+
+
+def slower_products(function: Function) -> dict[Value, str]:
+    """The products that PyTorch makes faster on this machine, by their first result, and why."""
+    found: dict[Value, str] = {}
+    for op in function.ops:
+        if role_of(op) is None or not is_product(op) or op.opdef.cost(op).flops < WORTH:
+            continue
+        why = times_of(op).refusal
+        if why:
+            found[op.results[0]] = why
+    return found
+
+
+def times_of(op: Op) -> Times:
+    """From the cache, or measured now."""
+    key = _key(op)
+    if key not in _KNOWN:
+        _KNOWN[key] = _stored(key) or _measured(op)
+        _store(key, _KNOWN[key])
+    return _KNOWN[key]
+
+
+_KNOWN: dict[str, Times] = {}
+
+
+def _key(op: Op) -> str:
+    """All that the times depend on."""
+    types = [str(v.type) for v in (*op.inputs, *op.results)]
+    parts = [op.name, *types, attrs_key(op), str(torch.get_num_threads()), torch.__version__]
+    return hashlib.sha256("\n".join([machine_key(), *parts]).encode()).hexdigest()
+
+
+def _stored_in() -> Path:
+    return cache_folder() / "times"
+
+
+def _path(key: str) -> Path:
+    return _stored_in() / f"{key}.json"
+
+
+def _stored(key: str) -> Times | None:
+    """None where there is nothing, or nothing that makes sense."""
+    try:
+        numbers = json.loads(_path(key).read_text())
+        times = Times(float(numbers["own"]), float(numbers["library"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return times if min(times.own, times.library) > 0 else None
+
+
+def _store(key: str, times: Times) -> None:
+    """Best effort: what is not kept is measured again."""
+    path = _path(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(asdict(times), file)
+        os.replace(file.name, path)
+    except OSError:
+        return
+
+
+def _measured(op: Op) -> Times:
+    """Both ways in turns, on random numbers."""
+    operands = [torch.randn(v.type.static_shape).to(v.type.dtype) for v in op.inputs]
+    outs = [torch.empty(r.type.static_shape, dtype=r.type.dtype) for r in op.results]
+    inputs = iter(operands)
+    bound = [next(inputs) if isinstance(o, Value) else o for o in op.operands]
+    library = considerate(bind_call(op, way_of(op), bound, outs), small=False)
+    own = Trial(op, operands, outs[0])
+    calls: list[Callable[[], object]] = [own, library]
+    best = [math.inf, math.inf]
+    for _ in range(ROUNDS):
+        for i, call in enumerate(calls):
+            call()  # brings its threads back
+            start = time.perf_counter()
+            call()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return Times(*best)
+
+
+# -- our way, without code generation ------------------------------------------------------------
+
+
+class _Digits(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_int64 * DIGITS), ("stride", ctypes.c_int64 * DIGITS)]
+
+
+class _Gemm(ctypes.Structure):
+    """`ss_gemm` of gemm.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "m", "n", "k")),
+        ("type", ctypes.c_int),
+        *((f"{side}_{name}", ctypes.c_int64) for side in "ab" for name in ("batch", "row", "col")),
+        ("finish", ctypes.c_void_p),
+        ("grouping", ctypes.c_int),
+        ("groups", ctypes.c_int64),
+        *((name, ctypes.POINTER(_Digits)) for name in ("a_sum", "b_sum", "b_cols")),
+    ]
+
+
+class _Frame(ctypes.Structure):
+    """`ss_frame` of gemm.h."""
+
+    _fields_ = [
+        ("itemsize", ctypes.c_int64),
+        ("size", ctypes.c_int64 * 5),
+        ("stride", ctypes.c_int64 * 5),
+        ("before", ctypes.c_int64 * 3),
+        ("framed", ctypes.c_int64 * 3),
+    ]
+
+
+@cache
+def _runtime() -> ctypes.CDLL:
+    """The hand-written kernels, without any generated ones."""
+    library = ctypes.CDLL(str(build([]).path))
+    library.ss_gemm_scratch.restype = ctypes.c_int64
+    library.ss_try_product.restype = None
+    Pool.join(library)
+    return library
+
+
+class Trial:
+    """One product by the kernels of gemm.c, as a call."""
+
+    def __init__(self, op: Op, operands: list[torch.Tensor], out: torch.Tensor) -> None:
+        sides = sides_of(_node_of(op))
+        a, b, frame = sides.a, sides.b, sides.frame
+        rows, cols = count_of(a.rows), count_of(b.cols)
+        kind = list(TYPES).index(a.ref.dtype)
+        g = _Gemm(batch=out.numel() // (rows * cols), m=rows, n=cols, k=sides.summed, type=kind)
+        g.a_batch, g.a_row, g.a_col = a.batch, stride_of(a.rows) or 0, stride_of(a.cols) or 0
+        g.b_batch, g.b_row, g.b_col = b.batch, stride_of(b.rows) or 0, stride_of(b.cols) or 0
+        for name, digits in (("a_sum", a.cols), ("b_sum", b.rows), ("b_cols", b.cols)):
+            if stride_of(digits) is None:
+                setattr(g, name, ctypes.pointer(_Digits(*written_out(digits))))
+        self.library, self.threads = _runtime(), torch.get_num_threads()
+        self.frame = None
+        if frame is not None:
+            self.frame = _Frame(b.ref.dtype.itemsize, *frame.numbers(b.ref))
+        self.room = 0 if frame is None else frame.nbytes(b.ref)
+        room = self.room + self.library.ss_gemm_scratch(ctypes.byref(g)) * self.threads
+        self.scratch = torch.empty(room, dtype=torch.uint8)
+        self.about = (ctypes.c_int64 * 4)(0, rows, cols // sides.images, kind)
+        tensors = dict(zip(op.inputs, operands, strict=True))
+        self.a, self.x = (tensors[v] for v in matrices_of(op)[:2])
+        self.gemm, self.out, self.offset = g, out, b.offset * b.ref.dtype.itemsize
+
+    def __call__(self) -> None:
+        Pool.resize(self.threads)
+        self.library.ss_try_product(
+            ctypes.byref(self.gemm),
+            None if self.frame is None else ctypes.byref(self.frame),
+            *(ctypes.c_void_p(t.data_ptr()) for t in (self.a, self.x)),
+            ctypes.c_int64(self.offset),
+            ctypes.c_void_p(self.out.data_ptr()),
+            self.about,
+            ctypes.c_void_p(self.scratch.data_ptr()),
+            ctypes.c_int64(self.room),
+            ctypes.c_int64(self.threads),
+        )
+
+
+def _node_of(op: Op) -> Node:
+    """The op's product, alone."""
+    b = Builder("trial")
+    params = {v: b.param(v.type, Role.BATCH, f"x{i}") for i, v in enumerate(op.inputs)}
+    alone = op.map_operands(params.__getitem__)
+    b.output("out", b.emit(op.name, *alone.operands, **op.attrs))
+    return next(n for n in normalize(b.build()).nodes if n.work is Work.PRODUCT)

@@ -1,0 +1,119 @@
+"""Kernels of ours or PyTorch's as measured: what is tried, what is kept, what is done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoestring.backends.c import CBackend, CExecutable, tuning
+from shoestring.backends.c.tuning import Times, Trial, slower_products, times_of
+from shoestring.backends.instructions import CallKernel, CallTorch
+from shoestring.ir import Function, Op, TensorType, Value, trace
+
+aten = torch.ops.aten
+REST = [[1, 1], [1, 1], [1, 1], False, [0, 0], 1]
+
+
+def program(images: int, dtype: torch.dtype, size: int = 12) -> Function:
+    """A convolution and its gradients, each an op of its own."""
+
+    def f(x: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> Any:
+        dx, _, _ = aten.convolution_backward(g, x, w, None, *REST, [True, False, False])
+        _, dw, _ = aten.convolution_backward(g, x, w, None, *REST, [False, True, False])
+        return aten.convolution(x, w, None, *REST), dx, dw
+
+    shapes = [(images, 16, size, size), (32, 16, 3, 3), (images, 32, size, size)]
+    return trace(f, [TensorType(dtype, shape) for shape in shapes], "f")
+
+
+def arguments(function: Function) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    types = [p.value.type for p in function.params]
+    return [torch.randn(t.static_shape).to(t.dtype) for t in types]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No times but those of the test."""
+    monkeypatch.setattr(tuning, "_stored_in", lambda: tmp_path)
+    monkeypatch.setattr(tuning, "_KNOWN", {})
+    monkeypatch.setattr(tuning, "WORTH", 0)
+    yield
+
+
+def conv_ops(function: Function) -> list[Op]:
+    return [op for op in function.ops if "convolution" in op.name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("images", "size"), [(3, 12), (5, 3)])
+def test_a_trial_computes_the_product(images: int, size: int, dtype: torch.dtype) -> None:
+    function = program(images, dtype, size)
+    given = dict(zip((p.value for p in function.params), arguments(function), strict=True))
+    for op in conv_ops(function):
+        operands = [given[v] for v in op.inputs]
+        out = torch.full(op.results[0].type.static_shape, torch.nan, dtype=dtype)
+        Trial(op, operands, out)()
+        rest = iter(operands)
+        wide = [next(rest).double() if isinstance(o, Value) else o for o in op.operands]
+        found = op.opdef.reference(*wide, **op.attrs)
+        wanted = (
+            found if isinstance(found, torch.Tensor) else next(t for t in found if t is not None)
+        )
+        limit = 1e-5 if dtype is torch.float32 else 1e-2
+        scale = float(wanted.abs().max())
+        torch.testing.assert_close(out.double(), wanted, rtol=limit, atol=limit * scale)
+
+
+def test_times_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = conv_ops(program(2, torch.float32))[0]
+    times = times_of(op)
+    assert times.own > 0 and times.library > 0 and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(tuning, "_KNOWN", {})
+    monkeypatch.setattr(tuning, "_measured", lambda op: pytest.fail("measured again"))
+    assert times_of(op) == times
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"own": 1}', '{"own": -1, "library": 1}'])
+def test_a_broken_entry_is_measured_again(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = conv_ops(program(2, torch.float32))[0]
+    times_of(op)
+    (file,) = tmp_path.iterdir()
+    file.write_text(text)
+    monkeypatch.setattr(tuning, "_KNOWN", {})
+    monkeypatch.setattr(tuning, "_measured", lambda op: Times(1.0, 2.0))
+    assert times_of(op) == Times(1.0, 2.0)
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tuning, "_stored_in", lambda: tmp_path / "file" / "folder")
+    assert times_of(conv_ops(program(2, torch.float32))[0]).own > 0
+
+
+def test_what_is_slower_goes_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_measured", lambda op: Times(2.0, 1.0))
+    function = program(2, torch.float32)
+    given = arguments(function)
+    executable = CBackend().compile(function)
+    assert isinstance(executable, CExecutable)
+    calls = [i for i in executable.instructions if isinstance(i, CallTorch)]
+    assert [c.why for c in calls] == ["measured here: 1000.00 ms, ours 2000.00 ms"] * 3
+    plain = CBackend(measure=False).compile(function)
+    assert all(isinstance(i, CallKernel) for i in plain.instructions)
+    for x, y in zip(executable.run(given), plain.run(given), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_small_ones_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "WORTH", 1 << 40)
+    monkeypatch.setattr(tuning, "_measured", lambda op: pytest.fail("measured"))
+    assert not slower_products(program(2, torch.float32))
