@@ -116,20 +116,40 @@ def _store(key: str, times: Times) -> None:
 
 
 def _measured(op: Op) -> Times:
-    """Both ways in turns, on random numbers."""
+    ways = both_ways(op)
+    assert ways is not None, "only products are measured"
+    return measure(*ways, ROUNDS)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A call that computes `out`."""
+
+    call: Callable[[], object]
+    out: torch.Tensor
+
+
+def both_ways(op: Op) -> tuple[Way, Way] | None:
+    """An op on random numbers, by our kernel and by PyTorch's; None where it is not ours."""
+    if role_of(op) is None or not is_product(op):
+        return None
     operands = [torch.randn(v.type.static_shape).to(v.type.dtype) for v in op.inputs]
-    outs = [torch.empty(r.type.static_shape, dtype=r.type.dtype) for r in op.results]
+    result = op.results[0].type
+    outs = [torch.empty(result.static_shape, dtype=result.dtype) for _ in range(2)]
     inputs = iter(operands)
     bound = [next(inputs) if isinstance(o, Value) else o for o in op.operands]
-    library = considerate(bind_call(op, way_of(op), bound, outs), small=False)
-    own = Trial(op, operands, outs[0])
-    calls: list[Callable[[], object]] = [own, library]
+    library = considerate(bind_call(op, way_of(op), bound, outs[1:]), small=False)
+    return Way(Trial(op, operands, outs[0]), outs[0]), Way(library, outs[1])
+
+
+def measure(own: Way, library: Way, rounds: int) -> Times:
+    """The best of some turns."""
     best = [math.inf, math.inf]
-    for _ in range(ROUNDS):
-        for i, call in enumerate(calls):
-            call()  # brings its threads back
+    for _ in range(rounds):
+        for i, way in enumerate((own, library)):
+            way.call()  # brings its threads back
             start = time.perf_counter()
-            call()
+            way.call()
             best[i] = min(best[i], time.perf_counter() - start)
     return Times(*best)
 
