@@ -58,15 +58,15 @@ def test_a_small_call_takes_none_and_the_number_is_as_before() -> None:
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize(("channels", "small"), [(1, True), (64, False)])
-def test_size_of_a_convolution_is_its_work(channels: int, small: bool) -> None:
+@pytest.mark.parametrize(("groups", "small"), [(64, True), (2, False)])
+def test_size_of_a_convolution_is_its_work(groups: int, small: bool) -> None:
     executable = CBackend().compile(
         parse(f"""
 func @conv {{
-  batch %x: f32[1,{channels},16,16] "x"
-  batch %w: f32[{channels},{channels},3,3] "w"
-  %y: f32[1,{channels},16,16] = aten.convolution.default(%x, %w, _) {{stride=[1, 1], \
-padding=[1, 1], dilation=[1, 1], transposed=false, output_padding=[0, 0], groups=1}}
+  batch %x: f32[1,64,16,16] "x"
+  batch %w: f32[64,{64 // groups},3,3] "w"
+  %y: f32[1,64,16,16] = aten.convolution.default(%x, %w, _) {{stride=[1, 1], \
+padding=[1, 1], dilation=[1, 1], transposed=false, output_padding=[0, 0], groups={groups}}}
   return y=%y
 }}
 """)
