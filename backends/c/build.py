@@ -30,6 +30,7 @@ HEADERS = (
     "prelude.h",
     "vector.h",
     "gemm.h",
+    "pack.h",
     "amx.h",
     "pool.h",
     "attention.h",

@@ -109,7 +109,7 @@ class ProductWriter(KernelWriter):
         lists, named = "", ""
         for name, digits in (("a_sum", a.cols), ("b_sum", b.rows), ("b_cols", b.cols)):
             if stride_of(digits) is None:
-                lists += f"    static const ss_digits {name} = {_digits(digits)};\n"
+                lists += f"    static const ss_digits {name} = {_digits(digits)};  // sizes, strides\n"
                 named += f"        .{name} = &{name},\n"
         return (
             f"{lists}    static const ss_gemm g = {{\n"

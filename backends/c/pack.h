@@ -1,0 +1,404 @@
+/* Packing the sides of a product, from where they are to the order in which tiles read them.
+ *
+ * A part of gemm.c, whose constants (ROWS, COLS, KC, AHEAD) it uses. What is packed is
+ * out[units, width]: units of K, each with `width` lanes, rows of A or columns of B. Three ways:
+ *
+ * - lanes are neighbours in memory: a vector of lanes a unit;
+ * - units are neighbours in memory: squares of them are turned in registers;
+ * - by lists of positions, where a side has digits: vectors or squares where positions happen to be
+ *   neighbours, one element at a time elsewhere.
+ */
+#pragma once
+#include "gemm.h"
+#include "vector.h"
+
+/* A matrix as the tile sees it: `k` along units, `j` across lanes. */
+typedef struct {
+    const char *p;
+    ss_type type;
+    int64_t k_stride, j_stride;  /* elements */
+    const ss_digits *k, *j;      /* instead of a stride, or 0 */
+} Source;
+
+static int listed(Source s) { return s.k || s.j; }
+
+/* at[i] = where element `from + i` of a dimension is, counted in elements. */
+static void list(const ss_digits *d, int64_t stride, int64_t from, int64_t count, int64_t *at) {
+    if (!d) {
+        for (int64_t i = 0; i < count; i++) at[i] = (from + i) * stride;
+        return;
+    }
+    int64_t digit[SS_DIGITS], sum = 0;
+    for (int64_t r = SS_DIGITS - 1, left = from; r >= 0; left /= d->size[r], r--) {
+        digit[r] = left % d->size[r];
+        sum += digit[r] * d->stride[r];
+    }
+    for (int64_t i = 0; i < count; i++) {
+        at[i] = sum;
+        for (int64_t r = SS_DIGITS - 1; r >= 0; r--) {
+            sum += d->stride[r];
+            if (++digit[r] < d->size[r]) break;
+            sum -= digit[r] * d->stride[r];
+            digit[r] = 0;
+        }
+    }
+}
+
+/* How many of the positions from `at` on are neighbours in memory, up to `limit`. */
+SS_INLINE int64_t neighbours(const int64_t *at, int64_t limit) {
+    int64_t n = 1;
+    while (n < limit && at[n] == at[0] + n) n++;
+    return n;
+}
+
+SS_INLINE float element(Source s, int64_t k, int64_t j) {
+    int64_t at = k * s.k_stride + j * s.j_stride;
+    if (s.type == SS_F32) return ((const float *)s.p)[at];
+    uint32_t bits = (uint32_t)((const uint16_t *)s.p)[at] << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+SS_INLINE uint32_t half(Source s, int64_t k, int64_t j) {
+    return ((const uint16_t *)s.p)[k * s.k_stride + j * s.j_stride];
+}
+
+/* One unit of one lane; what lies beyond K is zero. */
+SS_INLINE float unit(Source s, int64_t u, int64_t j, int64_t k_end, int pairs) {
+    if (!pairs) return element(s, u, j);
+    uint32_t low = half(s, 2 * u, j), high = 2 * u + 1 < k_end ? half(s, 2 * u + 1, j) : 0;
+    uint32_t word = low | high << 16;
+    float x;
+    memcpy(&x, &word, 4);
+    return x;
+}
+
+/* One vector of lanes of unit `u`, where lanes are contiguous in memory. */
+SS_INLINE ss_vf lanes(Source s, int64_t u, int64_t j, int64_t k_end, int pairs) {
+    if (s.type == SS_F32) return ss_vload((const float *)s.p + u * s.k_stride + j);
+    const uint16_t *p = (const uint16_t *)s.p + j;
+    if (!pairs) return ss_vload_bf16(p + u * s.k_stride);
+    ss_vh low, high = {0};
+    memcpy(&low, p + 2 * u * s.k_stride, sizeof low);
+    if (2 * u + 1 < k_end) memcpy(&high, p + (2 * u + 1) * s.k_stride, sizeof high);
+    return (ss_vf)(__builtin_convertvector(low, ss_vu) | __builtin_convertvector(high, ss_vu) << 16);
+}
+
+/* ROWS lanes of unit `u`, where lanes are contiguous in memory. */
+SS_INLINE void rows_of(Source s, int64_t u, int64_t j, int64_t k_end, int pairs, float *out) {
+    if (s.type == SS_F32) {
+        memcpy(out, (const float *)s.p + u * s.k_stride + j, 4 * ROWS);
+        return;
+    }
+    const int64_t k = pairs ? 2 * u : u;
+    const uint16_t *low = (const uint16_t *)s.p + k * s.k_stride + j, *high = low + s.k_stride;
+    uint32_t words[ROWS];
+    if (!pairs)
+        for (int l = 0; l < ROWS; l++) words[l] = (uint32_t)low[l] << 16;
+    else if (k + 1 < k_end)
+        for (int l = 0; l < ROWS; l++) words[l] = low[l] | (uint32_t)high[l] << 16;
+    else
+        for (int l = 0; l < ROWS; l++) words[l] = low[l];
+    memcpy(out, words, sizeof words);
+}
+
+#if defined(__AVX__) && SS_LANES >= 8
+#define TURNS 1
+#else
+#define TURNS 0
+#endif
+
+/* A square, turned: lane l is a vector of neighbours from element at[l] on, out[c] holds element c
+ * of each lane. */
+#if SS_LANES == 16
+SS_INLINE void turn(Source s, const int64_t *at, int pairs, float *out, int64_t out_stride) {
+    __m512i r[16], t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+        const uint16_t *halves = (const uint16_t *)s.p + at[i];
+        r[i] = (__m512i)(s.type == SS_F32 ? ss_vload((const float *)s.p + at[i])
+                         : pairs          ? ss_vload((const float *)halves)
+                                          : ss_vload_bf16(halves));
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { /* r[4 q + i]: words 4 l + i of rows 4 q .. 4 q + 3 in lane l */
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        float *o = out + i * out_stride;
+        _mm512_storeu_ps(o, (__m512)_mm512_shuffle_i32x4(t[i], t[8 + i], 0x88));
+        _mm512_storeu_ps(o + 4 * out_stride, (__m512)_mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88));
+        _mm512_storeu_ps(o + 8 * out_stride, (__m512)_mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd));
+        _mm512_storeu_ps(o + 12 * out_stride, (__m512)_mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd));
+    }
+}
+#endif
+#if TURNS
+/* Eight units from element `at` on. */
+SS_INLINE __m256 eight(Source s, int64_t at, int pairs) {
+    const uint16_t *halves = (const uint16_t *)s.p + at;
+    if (s.type == SS_F32) return _mm256_loadu_ps((const float *)s.p + at);
+    if (pairs) return _mm256_loadu_ps((const float *)halves);
+    float wide[8];
+    for (int i = 0; i < 8; i++) {
+        const uint32_t bits = (uint32_t)halves[i] << 16;
+        memcpy(wide + i, &bits, 4);
+    }
+    return _mm256_loadu_ps(wide);
+}
+
+/* The same for eight lanes: r[c] holds element c of each. */
+SS_INLINE void square(Source s, const int64_t *at, int pairs, __m256 *r) {
+    __m256 t[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) r[i] = eight(s, at[i], pairs);
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) { /* r[i + c]: words c and 4 + c of rows i .. i + 3 */
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m256 low = r[i], high = r[4 + i];
+        r[i] = _mm256_permute2f128_ps(low, high, 0x20);
+        r[4 + i] = _mm256_permute2f128_ps(low, high, 0x31);
+    }
+}
+
+/* out[8, width] = the square; where a row is wider than `width`, the next overwrites what is over,
+ * and the last has `width` elements. */
+SS_INLINE void turn8(Source s, const int64_t *at, int pairs, float *out, int64_t width) {
+    __m256 r[8];
+    square(s, at, pairs, r);
+#pragma GCC unroll 8
+    for (int c = 0; c < 7; c++) _mm256_storeu_ps(out + c * width, r[c]);
+    if (width < 8) {
+        float last[8];
+        _mm256_storeu_ps(last, r[7]);
+        memcpy(out + 7 * width, last, 4 * width);
+    } else {
+        _mm256_storeu_ps(out + 7 * width, r[7]);
+    }
+}
+#endif
+#if TURNS && SS_LANES == 8
+#define turn turn8
+#endif
+
+#if TURNS
+/* Units of lanes [j, j + lanes), at most 8 of them, where units are contiguous in memory; writes more
+ * lanes than that where `width` has them. */
+static void pack_along(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j, int64_t lanes,
+                       int64_t width, int pairs, float *out) {
+    int64_t at[8], u = 0;
+    for (int64_t l = 0; l < 8; l++) at[l] = (j + least(l, lanes - 1)) * s.j_stride + u0 * (1 + pairs);
+    for (; u + 8 <= units; u += 8) {
+        if (width == ROWS)
+            turn8(s, at, pairs, out + u * ROWS, ROWS);
+        else
+            turn8(s, at, pairs, out + u * width, width);
+        for (int l = 0; l < 8; l++) at[l] += 8 * (1 + pairs);
+    }
+    for (; u < units; u++)
+        for (int64_t l = 0; l < lanes; l++)
+            out[u * width + l] = unit(s, u0 + u, j + l, k_end, pairs);
+}
+#endif
+
+/* out[units, width] = units [u0, u0 + units) of lanes [j0, j0 + count); lanes beyond are zero. */
+static void pack(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0, int64_t count,
+                 int64_t width, int pairs, float *out) {
+    int64_t j = 0;
+    if (s.j_stride == 1 && width == ROWS && count == ROWS) {
+        const int64_t size = s.type == SS_F32 ? 4 : 2, each = (1 + pairs) * s.k_stride;
+        for (int64_t u = 0; u < units; u++) {
+            __builtin_prefetch(s.p + ((u0 + u + AHEAD) * each + j0) * size);
+            rows_of(s, u0 + u, j0, k_end, pairs, out + u * ROWS);
+        }
+        return;
+    }
+    if (s.j_stride == 1)
+        for (; j + SS_LANES <= count; j += SS_LANES)
+            for (int64_t u = 0; u < units; u++)
+                ss_vstore(out + u * width + j, lanes(s, u0 + u, j0 + j, k_end, pairs));
+#if TURNS
+    else if (s.k_stride == 1 && (!pairs || k_end % 2 == 0)) {
+        for (; j + SS_LANES <= count; j += SS_LANES) {
+            int64_t at[SS_LANES], u = 0;
+            for (; u + SS_LANES <= units; u += SS_LANES) {
+                for (int64_t l = 0; l < SS_LANES; l++)
+                    at[l] = (j0 + j + l) * s.j_stride + (u0 + u) * (1 + pairs);
+                turn(s, at, pairs, out + u * width + j, width);
+            }
+            for (; u < units; u++)
+                for (int64_t l = 0; l < SS_LANES; l++)
+                    out[u * width + j + l] = unit(s, u0 + u, j0 + j + l, k_end, pairs);
+        }
+        for (; j < count; j += least(8, count - j))
+            pack_along(s, u0, units, k_end, j0 + j, least(8, count - j), width, pairs, out + j);
+    }
+#endif
+    if (j == width) return;
+    for (int64_t u = 0; u < units; u++) {
+        for (int64_t l = j; l < count; l++)
+            out[u * width + l] = unit(s, u0 + u, j0 + l, k_end, pairs);
+        for (int64_t l = count > j ? count : j; l < width; l++) out[u * width + l] = 0.0f;
+    }
+}
+
+/* What a lane of a unit is made of. */
+enum { ONE_F32, ONE_HALF, TWO_HALVES };
+
+/* The element `at`, or it and the element `next`, which is a zero where it is not `paired`. */
+SS_INLINE float lane(const char *p, const int kind, int64_t at, int64_t next, int paired) {
+    if (kind == ONE_F32) return ((const float *)p)[at];
+    const uint16_t *halves = (const uint16_t *)p;
+    const uint32_t high = kind == ONE_HALF ? halves[at] : paired ? halves[next] : 0;
+    const uint32_t word = high << 16 | (kind == TWO_HALVES ? halves[at] : 0);
+    float x;
+    memcpy(&x, &word, 4);
+    return x;
+}
+
+/* Positions of the elements of a block of K, which make up `units` units; `runs`: whether eight units
+ * are neighbours in memory somewhere. */
+typedef struct {
+    int64_t at[2 * KC], elements, units;
+    int runs;
+} Sum;
+
+static void list_sum(Source s, int64_t from, int64_t elements, int64_t units, int pairs, Sum *k) {
+    const int64_t many = 8 * (1 + pairs);
+    list(s.k, s.k_stride, from, elements, k->at);
+    k->elements = elements;
+    k->units = units;
+    k->runs = 0;
+    for (int64_t i = 0; i + many <= elements && !k->runs; i++)
+        k->runs = neighbours(k->at + i, many) == many;
+}
+
+/* Unit `u` of lanes which are neighbours in memory. */
+SS_INLINE void across(const char *p, const int kind, const Sum *k, int64_t u, int64_t j, const int lanes,
+                      float *out) {
+    const int64_t i = kind == TWO_HALVES ? 2 * u : u;
+    const int paired = kind == TWO_HALVES && i + 1 < k->elements;
+    const int64_t at = k->at[i] + j, next = paired ? k->at[i + 1] + j : 0;
+    if (kind == ONE_F32) {
+        memcpy(out, (const float *)p + at, 4 * lanes);
+        return;
+    }
+    float all[SS_LANES];
+    for (int l = 0; l < lanes; l++) all[l] = lane(p, kind, at + l, next + l, paired);
+    memcpy(out, all, 4 * lanes);
+}
+
+#if TURNS
+/* All units of at most eight lanes, eight at a time where they are neighbours in memory and a row of
+ * the panel has `room` for so many lanes or no others. */
+SS_INLINE void listed_along(Source s, const int kind, const Sum *k, const int64_t *js, int64_t lanes,
+                            int64_t room, int64_t width, float *out) {
+    const int squares = room >= 8 || room == width;
+    const int64_t each = kind == TWO_HALVES ? 2 : 1, many = 8 * each;
+    for (int64_t u = 0; u < k->units;) {
+        const int64_t *ks = k->at + each * u;
+        float *o = out + u * width;
+        if (squares && each * u + many <= k->elements && neighbours(ks, many) == many) {
+            int64_t at[8];
+            for (int l = 0; l < 8; l++) at[l] = js[least(l, lanes - 1)] + ks[0];
+            turn8(s, at, kind == TWO_HALVES, o, width);
+            u += 8;
+            continue;
+        }
+        for (int64_t l = 0; l < lanes; l++) across(s.p, kind, k, u, js[l], 1, o + l);
+        u++;
+    }
+}
+#endif
+
+SS_INLINE void pack_kind(Source s, const int kind, const Sum *k, const int64_t *js, int64_t count,
+                         int64_t width, float *out) {
+    enum { FEW = 4 };
+    for (int64_t j = 0, lanes; j < count; j += lanes) {
+        const int64_t run = neighbours(js + j, least(SS_LANES, count - j));
+        float *o = out + j;
+        lanes = run == SS_LANES ? run : run >= FEW ? FEW : 1;
+#if TURNS
+        if (run < FEW && k->runs) {
+            lanes = least(8, count - j);
+            listed_along(s, kind, k, js + j, lanes, width - j, width, o);
+            continue;
+        }
+#endif
+        if (lanes == SS_LANES)
+            for (int64_t u = 0; u < k->units; u++)
+                across(s.p, kind, k, u, js[j], SS_LANES, o + u * width);
+        else if (lanes == FEW)
+            for (int64_t u = 0; u < k->units; u++)
+                across(s.p, kind, k, u, js[j], FEW, o + u * width);
+        else
+            for (int64_t u = 0; u < k->units; u++)
+                across(s.p, kind, k, u, js[j], 1, o + u * width);
+    }
+    for (int64_t u = 0; count < width && u < k->units; u++)
+        memset(out + u * width + count, 0, 4 * (width - count));
+}
+
+/* As pack, element (k, j) being at k->at[k] + js[j]. */
+static void pack_listed(Source s, const Sum *k, const int64_t *js, int64_t count, int64_t width, int pairs,
+                        float *out) {
+    if (s.type == SS_F32)
+        pack_kind(s, ONE_F32, k, js, count, width, out);
+    else if (pairs)
+        pack_kind(s, TWO_HALVES, k, js, count, width, out);
+    else
+        pack_kind(s, ONE_HALF, k, js, count, width, out);
+}
+
+#if SS_AMX
+/* out[AMX_ROWS, width] = `units` units from u0 on of rows [i0, i0 + count); beyond is zero. */
+static void pack_rows(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t i0, int64_t count,
+                      int64_t width, float *out) {
+    memset(out, 0, 4 * AMX_ROWS * width);
+    const int64_t elements = least(2 * units, k_end - 2 * u0);
+    for (int64_t r = 0; r < count; r++) {
+        if (s.k_stride == 1) {
+            const uint16_t *row = (const uint16_t *)s.p + (i0 + r) * s.j_stride + 2 * u0;
+            memcpy(out + r * width, row, 2 * elements);
+            continue;
+        }
+        for (int64_t u = 0; u < units; u++) out[r * width + u] = unit(s, u0 + u, i0 + r, k_end, 1);
+    }
+}
+
+/* The same, element k of a row being at k->at[k] from where the row begins. */
+static void pack_rows_listed(Source s, const Sum *k, int64_t i0, int64_t count, int64_t width, float *out) {
+    memset(out, 0, 4 * AMX_ROWS * width);
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t u = 0; u < k->units; u++)
+            across(s.p, TWO_HALVES, k, u, (i0 + r) * s.j_stride, 1, out + r * width + u);
+}
+#endif
