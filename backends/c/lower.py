@@ -178,7 +178,7 @@ class _Emitter:
         found = claim(node)
         if isinstance(found, Claim):
             return self.claimed_call(node, found)
-        return self.library_call(node, found or self.work.refused.get(node.op.results[0], ""))
+        return self.library_call(node, found or self.work.refused.get(node.op, ""))
 
     def library_call(self, node: Node, why: str) -> CallTorch:
         operands = tuple(self.operand(o) for o in node.operands)

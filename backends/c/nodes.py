@@ -145,7 +145,7 @@ class WorkList:
     known: dict[Value, torch.Tensor] = field(default_factory=dict[Value, torch.Tensor])
 
     nexts: dict[Value, Ref] = field(default_factory=dict[Value, Ref])
-    refused: Mapping[Value, str] = field(default_factory=dict[Value, str])
+    refused: Mapping[Op, str] = field(default_factory=dict[Op, str])
 
     # -- making things -------------------------------------------------------------------------
 
@@ -185,7 +185,7 @@ class WorkList:
     def visit(self, op: Op) -> None:
         if self.view(op) or self.fold(op) or self.widen(op):
             return
-        if is_product(op) and op.results[0] not in self.refused:
+        if is_product(op) and op not in self.refused:
             self.product(op)
             return
         work = classify(op)
@@ -387,12 +387,12 @@ def _is_random(op: Op) -> bool:
     return torch.Tag.nondeterministic_seeded in find_overload(op.name).tags
 
 
-def normalize(function: Function, refused: Mapping[Value, str] | None = None) -> WorkList:
+def normalize(function: Function, refused: Mapping[Op, str] | None = None) -> WorkList:
     """The function as nodes over bases.
 
     Args:
         function: with static shapes.
-        refused: results of products that are left to the library, and why.
+        refused: products that are left to the library, and why.
     """
     work = WorkList(function, refused=refused or {})
     for index, p in enumerate(function.params):

@@ -76,7 +76,9 @@ class ProductWriter(KernelWriter):
             lines += [_frame(frame, b.ref), f"    ss_frame_run(&frame, {right}, {scratch});"]
             right = f"(const char *){scratch}{_plus(b.offset, b.ref)}"
             scratch = f"(char *){scratch} + {framed}"
-        room, threads = self._scratch()
+        cols = self.sizes["batch"] * (self.sizes["image"] * self.sizes["col"] + COLS)
+        threads = torch.get_num_threads()
+        room = threads * scratch_of(self.sizes["row"], cols, self.sides.summed)
         lines.append(f"    ss_gemm_run(&g, {left}, {right}, {groups}, b, {scratch}, {threads});")
         return self._finish("\n".join(lines), helper, framed + room)
 
@@ -109,7 +111,9 @@ class ProductWriter(KernelWriter):
         lists, named = "", ""
         for name, digits in (("a_sum", a.cols), ("b_sum", b.rows), ("b_cols", b.cols)):
             if stride_of(digits) is None:
-                lists += f"    static const ss_digits {name} = {_digits(digits)};  // sizes, strides\n"
+                lists += (
+                    f"    static const ss_digits {name} = {_digits(digits)};  // sizes, strides\n"
+                )
                 named += f"        .{name} = &{name},\n"
         return (
             f"{lists}    static const ss_gemm g = {{\n"
@@ -121,17 +125,20 @@ class ProductWriter(KernelWriter):
             f"    }};"
         )
 
-    def _scratch(self) -> tuple[int, int]:
-        """Bytes for all threads, and how many may take part."""
-        k = self.sides.summed + ROWS  # padding of K
-        rows = min(MC, -(-self.sizes["row"] // ROWS) * ROWS)
-        all_cols = self.sizes["batch"] * (self.sizes["image"] * self.sizes["col"] + COLS)
-        fit = max(COLS, min(all_cols, TILES // (4 * rows)))
-        cols = fit if k > KC else min(fit, GROUP * COLS)  # tiles that wait for the next block of K
-        block = min(k, KC)
-        each = 4 * (GROUP * COLS * block + rows * cols + rows * block) + 64
-        threads = torch.get_num_threads()
-        return each * threads, threads
+
+def scratch_of(rows: int, cols: int, summed: int) -> int:
+    """Bytes that one thread of `ss_gemm_run` needs at most, on any machine.
+
+    Args:
+        rows: of one product.
+        cols: of all products that have one left side, each with its columns rounded up by `COLS`.
+        summed: the size of the dimension that is summed up.
+    """
+    block = min(summed + ROWS, KC)
+    rows = min(MC, rows + ROWS)
+    fit = max(COLS, min(cols, TILES // (4 * rows)))
+    wait = fit if summed + ROWS > KC else min(fit, GROUP * COLS)  # for the next block of K
+    return 4 * (GROUP * COLS * block + rows * wait + rows * block) + 64
 
 
 def _plus(elements: int, ref: Ref) -> str:

@@ -54,15 +54,15 @@ class Times:
         return f"measured here: {1e3 * self.library:.2f} ms, ours {1e3 * self.own:.2f} ms"
 
 
-def slower_products(function: Function) -> dict[Value, str]:
-    """The products that PyTorch makes faster on this machine, by their first result, and why."""
-    found: dict[Value, str] = {}
+def slower_products(function: Function) -> dict[Op, str]:
+    """The products that PyTorch makes faster on this machine, and why one knows."""
+    found: dict[Op, str] = {}
     for op in function.ops:
         if role_of(op) is None or not is_product(op) or op.opdef.cost(op).flops < WORTH:
             continue
         why = times_of(op).refusal
         if why:
-            found[op.results[0]] = why
+            found[op] = why
     return found
 
 

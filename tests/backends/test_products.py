@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from shoestring.backends.c import CBackend, CExecutable
 from shoestring.backends.c.build import HERE, find_compiler, flags
+from shoestring.backends.c.product_kernels import COLS, scratch_of
 from shoestring.backends.instructions import CallKernel
 from shoestring.ir import Builder, Function, Role, TensorType, Value, parse, parse_type
 
@@ -375,6 +376,19 @@ def test_groups_on_paths_of_other_machines(path: str, tmp_path: Path) -> None:
             wanted = by_sum(x, y, ends)
             numbers = [e, k, n, m, kind_of(x), 0, *x.stride(), 0, *y.stride(), 2, e]
             assert_near(run(library, x, y, ends, wanted, numbers), wanted)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_scratch_is_enough_on_every_machine(path: str, tmp_path: Path) -> None:
+    """What is planned covers what the tiles of any machine need."""
+    library = library_of(path, tmp_path)
+    sizes = (4, 6, 31, 32, 33, 36, 64, 95, 97, 255, 257, 3000)
+    for batch, m, n, k in itertools.product((1, 32), sizes, sizes, (1, 352, 353, 384, 385, 5000)):
+        for kind, shared in itertools.product((0, 1), (True, False)):
+            numbers = [batch, m, n, k, kind, 0 if shared else m * k, k, 1, k * n, n, 1, 0, 0]
+            needed = library.product(None, None, None, None, (ctypes.c_int64 * 13)(*numbers), None)
+            planned = scratch_of(m, batch * (n + COLS), k)
+            assert needed <= planned, (batch, m, n, k, kind)
 
 
 def library_of(path: str, folder: Path) -> ctypes.CDLL:
