@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from shoestring.ir import Op
 
-from .sides import Frame, Side, Sides, count_of, simplified
+from .layout import row_major
+from .sides import Digits, Frame, Side, Sides, count_of, simplified
 
 if TYPE_CHECKING:
-    from .nodes import Node
+    from .nodes import Node, Ref
 
 FORWARD, BACKWARD = "aten.convolution.default", "aten.convolution_backward.default"
 SPATIAL = 3  # dimensions of every image here; those that it does not have are of size 1
@@ -103,23 +105,59 @@ def _in_three(values: Sequence[int], fill: int) -> tuple[int, ...]:
 def sides_of(node: Node, role: Role) -> Sides:
     """How both sides of the product are walked."""
     left, right = node.refs
+    geometry = _geometry(node, role)
+    shape, steps = _in_three(left.shape, 1), _in_three(left.layout.strides, 0)
+    images, channels = right.shape[:2]
+    image_step, channel_step = geometry.along[:2]
+    window = simplified([(channels, channel_step), *geometry.taps])
+    row, summed = (0, 1) if role is Role.RESULT else (1, 0)
+    rows = ((shape[row], steps[row]),)
+    sums = simplified([(shape[summed], steps[summed]), *zip(shape[2:], steps[2:], strict=True)])
+    together = simplified([(images, image_step), *geometry.places])
+    a = Side(left, 0, rows, sums)
+    if role is Role.WEIGHT:
+        b, joined = Side(right, 0, together, window), 1
+    elif by_image(node.outs[0].shape):
+        places = simplified(geometry.places)
+        b, joined = Side(right, image_step, window, places, geometry.first), 1
+    else:
+        b, joined = Side(right, 0, window, together, geometry.first), images
+    frame = geometry.frame if geometry.frame.is_needed else None
+    return Sides(a, b, count_of(sums), frame, joined)
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """How the right side of a product is walked.
+
+    Attributes:
+        frame: the images, with the zeros around them.
+        along: the strides of the images in it: image, channel, three dimensions.
+        taps, places: size and stride of the windows and of their positions, for each dimension.
+        first: the element at which the first window begins.
+    """
+
+    frame: Frame
+    along: tuple[int, ...]
+    taps: Digits
+    places: Digits
+    first: int
+
+
+def _geometry(node: Node, role: Role) -> _Geometry:
+    left, right = node.refs
     op, rank = node.op, len(right.shape) - 2
-    out, image = _in_three(node.outs[0].shape, 1), _in_three(right.shape, 1)
-    left_shape, left_steps = _in_three(left.shape, 1), _in_three(left.layout.strides, 0)
     gaps, steps = _spatial(op, "dilation", rank), _spatial(op, "stride", rank)
-    taps = out[2:] if role is Role.WEIGHT else left_shape[2:]
-    places = left_shape[2:] if role is Role.WEIGHT else out[2:]
+    left_size, out_size = _in_three(left.shape, 1)[2:], _in_three(node.outs[0].shape, 1)[2:]
+    taps, places = (out_size, left_size) if role is Role.WEIGHT else (left_size, out_size)
     if role is Role.INPUT:
         before = _reversed_padding(op, left.shape[2:])
     else:
         before = _spatial(op, "padding", rank, 0)
-    size = tuple(
-        (p - 1) * s + (t - 1) * g + 1 for p, s, t, g in zip(places, steps, taps, gaps, strict=True)
-    )
-    inner = tuple(min(i, s - b) for i, s, b in zip(image[2:], size, before, strict=True))
-    frame = Frame(before, inner, size)
+    numbers = zip(places, steps, taps, gaps, strict=True)
+    frame = _frame(right, before, tuple((p - 1) * s + (t - 1) * g + 1 for p, s, t, g in numbers))
     if frame.is_needed:
-        along = _row_major((*image[:2], *size))
+        along = row_major((*right.shape[:2], *frame.size)).strides
     else:
         along = _in_three(right.layout.strides, 0)
     tap_steps = [g * a for g, a in zip(gaps, along[2:], strict=True)]
@@ -127,26 +165,14 @@ def sides_of(node: Node, role: Role) -> Sides:
     if role is Role.INPUT:  # the last tap comes first
         first = sum((t - 1) * a for t, a in zip(taps, tap_steps, strict=True))
         tap_steps = [-a for a in tap_steps]
-    window = simplified([(image[1], along[1]), *zip(taps, tap_steps, strict=True)])
     place_steps = [s * a for s, a in zip(steps, along[2:], strict=True)]
-    place = list(zip(places, place_steps, strict=True))
-    left_rest = list(zip(left_shape[2:], left_steps[2:], strict=True))
-    images = 1
-    if role is Role.WEIGHT:
-        sums = simplified([(left_shape[0], left_steps[0]), *left_rest])
-        a = Side(left, 0, ((left_shape[1], left_steps[1]),), sums)
-        b = Side(right, 0, simplified([(image[0], along[0]), *place]), window)
-    else:
-        row, summed = (0, 1) if role is Role.RESULT else (1, 0)
-        sums = simplified([(left_shape[summed], left_steps[summed]), *left_rest])
-        a = Side(left, 0, ((left_shape[row], left_steps[row]),), sums)
-        if by_image(node.outs[0].shape):
-            b = Side(right, along[0], window, simplified(place), first)
-        else:
-            images = image[0]
-            b = Side(right, 0, window, simplified([(images, along[0]), *place]), first)
-    return Sides(a, b, count_of(a.cols), frame if frame.is_needed else None, images)
+    windows, positions = zip(taps, tap_steps, strict=True), zip(places, place_steps, strict=True)
+    return _Geometry(frame, along, tuple(windows), tuple(positions), first)
 
 
-def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+def _frame(images: Ref, before: tuple[int, ...], size: tuple[int, ...]) -> Frame:
+    """As much of the images as windows reach."""
+    given = _in_three(images.shape, 1)[2:]
+    before = tuple(min(b, s) for b, s in zip(before, size, strict=True))
+    inner = tuple(min(n, s - b) for n, s, b in zip(given, size, before, strict=True))
+    return Frame(before, inner, size)

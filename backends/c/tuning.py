@@ -69,10 +69,12 @@ def slower_products(function: Function) -> dict[Op, str]:
 def times_of(op: Op) -> Times:
     """From the cache, or measured now."""
     key = _key(op)
-    if key not in _KNOWN:
-        _KNOWN[key] = _stored(key) or _measured(op)
-        _store(key, _KNOWN[key])
-    return _KNOWN[key]
+    known = _KNOWN.get(key) or _stored(key)
+    if known is None:
+        known = _measured(op)
+        _store(key, known)
+    _KNOWN[key] = known
+    return known
 
 
 _KNOWN: dict[str, Times] = {}

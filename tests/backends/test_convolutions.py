@@ -145,6 +145,11 @@ def test_all_three_products_are_generated(case: Case, dtype: torch.dtype) -> Non
     check(Case(**{**case.__dict__, "dtype": dtype}), ours=3)
 
 
+def test_windows_that_see_nothing_but_padding() -> None:
+    check(Case(2, 4, 5, (1, 2), (1, 1), stride=(10, 9), padding=(3, 4)))
+    check(Case(2, 4, 5, (3,), (2,), stride=(7,), padding=(1,), dilation=(4,)))
+
+
 def test_the_library_takes_what_has_no_kernel() -> None:
     check(Case(2, 8, 8, (9, 9), (3, 3), (2, 2), (1, 1)), ours=2)  # the gradient of a strided input
     check(Case(2, 8, 8, (9, 9), (3, 3), groups=2), ours=0)
