@@ -90,10 +90,16 @@ SS_INLINE ss_vf multiply_add(const char *a, ss_vf b, ss_vf acc, const int pairs)
     return ss_vfma(ss_vset(x), b, acc);
 }
 
+/* A tile, or several side by side: the next row begins `stride` floats further. */
+typedef struct {
+    float *p;
+    int64_t stride;
+} Tiles;
+
 /* tile[ROWS, COLS] (+)= A[ROWS, units] * panel[units, COLS], the first `vecs` vectors of each row.
  * Rows beyond `rows` repeat the last one. Constants after inlining: vecs, pairs, packed. */
 SS_INLINE void tile_body(const int vecs, const int pairs, const int packed, int add, int64_t units,
-                         int64_t rows, Rows a, const float *panel, float *tile) {
+                         int64_t rows, Rows a, const float *panel, Tiles tile) {
     ss_vf acc[ROWS][VECS];
     const char *at[ROWS];
 #pragma GCC unroll 8
@@ -101,7 +107,7 @@ SS_INLINE void tile_body(const int vecs, const int pairs, const int packed, int 
         at[i] = packed ? a.p + 4 * i : a.p + least(i, rows - 1) * a.row;
 #pragma GCC unroll 3
         for (int v = 0; v < vecs; v++)
-            acc[i][v] = add ? ss_vload(tile + i * COLS + v * SS_LANES) : ss_vset(0.0f);
+            acc[i][v] = add ? ss_vload(tile.p + i * tile.stride + v * SS_LANES) : ss_vset(0.0f);
     }
     const int64_t step = packed ? 4 * ROWS : 4;
     for (int64_t k = 0; k < units; k++) {
@@ -118,15 +124,16 @@ SS_INLINE void tile_body(const int vecs, const int pairs, const int packed, int 
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) {
 #pragma GCC unroll 3
-        for (int v = 0; v < vecs; v++) ss_vstore(tile + i * COLS + v * SS_LANES, acc[i][v]);
+        for (int v = 0; v < vecs; v++)
+            ss_vstore(tile.p + i * tile.stride + v * SS_LANES, acc[i][v]);
     }
 }
 
-typedef void (*Tile)(int add, int64_t units, int64_t rows, Rows a, const float *panel, float *tile);
+typedef void (*Tile)(int add, int64_t units, int64_t rows, Rows a, const float *panel, Tiles tile);
 
 #define TILE(vecs, pairs, packed)                                                                 \
     static void tile_##vecs##pairs##packed(int add, int64_t units, int64_t rows, Rows a,          \
-                                           const float *panel, float *tile) {                     \
+                                           const float *panel, Tiles tile) {                      \
         tile_body(vecs, pairs, packed, add, units, rows, a, panel, tile);                         \
     }
 #define TILES(vecs) TILE(vecs, 0, 0) TILE(vecs, 0, 1) TILE(vecs, 1, 0) TILE(vecs, 1, 1)
@@ -142,14 +149,14 @@ static const Tile TILE_OF[VECS][2][2] = {NAMES(1), NAMES(2), NAMES(3)};
 
 #if SS_AMX
 /* tile[32, 32] (+)= A[32, units] * panel[units, 32]; units is a multiple of AMX_UNITS. */
-static void amx_tile(int add, int64_t units, Rows a, const float *panel, float *tile) {
-    const int64_t wide = 4 * AMX_COLS;
-    float *low = tile + 16 * AMX_COLS;
+static void amx_tile(int add, int64_t units, Rows a, const float *panel, Tiles to) {
+    const int64_t wide = 4 * AMX_COLS, row = 4 * to.stride;
+    float *tile = to.p, *low = tile + 16 * to.stride;
     if (add) {
-        ss_tile_load(0, tile, wide);
-        ss_tile_load(1, tile + 16, wide);
-        ss_tile_load(2, low, wide);
-        ss_tile_load(3, low + 16, wide);
+        ss_tile_load(0, tile, row);
+        ss_tile_load(1, tile + 16, row);
+        ss_tile_load(2, low, row);
+        ss_tile_load(3, low + 16, row);
     } else {
         ss_tile_zero(0);
         ss_tile_zero(1);
@@ -166,10 +173,10 @@ static void amx_tile(int add, int64_t units, Rows a, const float *panel, float *
         ss_tile_multiply(2, 5, 6);
         ss_tile_multiply(3, 5, 7);
     }
-    ss_tile_store(0, tile, wide);
-    ss_tile_store(1, tile + 16, wide);
-    ss_tile_store(2, low, wide);
-    ss_tile_store(3, low + 16, wide);
+    ss_tile_store(0, tile, row);
+    ss_tile_store(1, tile + 16, row);
+    ss_tile_store(2, low, row);
+    ss_tile_store(3, low + 16, row);
 }
 #endif
 
@@ -342,7 +349,7 @@ static void pack_b(const Shape *s, Source b, int64_t step, const Part *p, int64_
 
 /* tiles[rows, cols] (+)= A[rows, block of K] * panel. */
 static void multiply(const Shape *s, Source a, const float *packed, int64_t i, int64_t rows,
-                     const Block *k, int64_t cols, const float *panel, float *tiles) {
+                     const Block *k, int64_t cols, const float *panel, Tiles tiles) {
     const int64_t stride = a.j_stride * (a.type == SS_F32 ? 4 : 2);
     const char *direct = a.p + i * stride + 4 * k->u;
 #if SS_AMX
@@ -352,7 +359,8 @@ static void multiply(const Shape *s, Source a, const float *packed, int64_t i, i
             const float *own = packed + (s->direct ? 0 : r * k->wide);
             const Rows source = {whole ? direct + r * stride : (const char *)own,
                                  whole ? stride : 4 * k->wide, 4};
-            amx_tile(k->u > 0, k->wide, source, panel, tiles + r * s->cols);
+            const Tiles to = {tiles.p + r * tiles.stride, tiles.stride};
+            amx_tile(k->u > 0, k->wide, source, panel, to);
         }
         return;
     }
@@ -361,16 +369,31 @@ static void multiply(const Shape *s, Source a, const float *packed, int64_t i, i
     for (int64_t r = 0; r < rows; r += ROWS) {
         const char *own = (const char *)(packed + r * k->units);
         const Rows source = {s->direct ? direct + r * stride : own, stride, 4};
-        tile(k->u > 0, k->units, least(ROWS, rows - r), source, panel, tiles + r * COLS);
+        const Tiles to = {tiles.p + r * tiles.stride, tiles.stride};
+        tile(k->u > 0, k->units, least(ROWS, rows - r), source, panel, to);
+    }
+}
+
+/* Hands the tiles of panels [from, from + count) to the epilogue: rows from `i` on, and as many columns
+ * at once as belong to one matrix, so that it walks along memory. */
+static void finish(const Shape *s, const Part *p, int64_t i, int64_t rows, int64_t from, int64_t count,
+                   Tiles tiles, void *const *buffers) {
+    const int64_t across = blocks(p->j1 - p->j0, s->cols);
+    for (int64_t q = 0, many; q < count; q += many) {
+        const Panel at = panel_of(s, p, from + q);
+        many = least(count - q, across - (from + q) % across);
+        const int64_t cols = least(many * s->cols, p->j1 - at.j);
+        s->g->finish(buffers, p->first + at.batch, i, at.j, rows, cols, tiles.p + q * s->cols,
+                     tiles.stride);
     }
 }
 
 /* `right` is B of the first matrix, that of the next is `step` bytes further. */
 static void product(const Shape *s, Source left, Source right, int64_t step, Part p,
                     void *const *buffers, float *scratch) {
-    float *panels = scratch, *tiles = panels + GROUP * panel_floats(s);
-    float *packed = tiles + tiles_floats(s);
-    const int64_t all = p.count * blocks(p.j1 - p.j0, s->cols), each = s->mc * s->cols;
+    float *panels = scratch, *packed = panels + GROUP * panel_floats(s);
+    const Tiles tiles = {packed + packed_floats(s), s->panels * s->cols};
+    const int64_t all = p.count * blocks(p.j1 - p.j0, s->cols);
     Block k;
     for (int64_t i = p.i0; i < p.i1; i += s->mc) {
         const int64_t rows = least(s->mc, p.i1 - i);
@@ -382,19 +405,15 @@ static void product(const Shape *s, Source left, Source right, int64_t step, Par
                     pack_a(s, left, i, rows, &k, packed);
                 }
                 for (int64_t q = 0; q < count; q++) {
-                    const Panel at = panel_of(s, &p, from + q);
                     const float *panel = panels + q % GROUP * panel_floats(s);
+                    const Tiles own = {tiles.p + q * s->cols, tiles.stride};
                     if (q % GROUP == 0)
                         pack_b(s, right, step, &p, from + q, least(GROUP, count - q), &k, panels);
-                    multiply(s, left, packed, i, rows, &k, at.cols, panel, tiles + q * each);
+                    multiply(s, left, packed, i, rows, &k, panel_of(s, &p, from + q).cols, panel, own);
                 }
             }
-            if (s->units == 0) memset(tiles, 0, 4 * tiles_floats(s));
-            for (int64_t q = 0; q < count; q++) {
-                const Panel at = panel_of(s, &p, from + q);
-                s->g->finish(buffers, p.first + at.batch, i, at.j, rows, at.cols, tiles + q * each,
-                             s->cols);
-            }
+            if (s->units == 0) memset(tiles.p, 0, 4 * tiles_floats(s));
+            finish(s, &p, i, rows, from, count, tiles, buffers);
         }
     }
 }
