@@ -221,8 +221,7 @@ static Shape shape_of(const ss_gemm *g) {
     s = of_length(s, g->k);
     const int even = g->k % 2 == 0 && g->grouping != SS_GROUPS_OF_SUM;
     s.direct = g->a_col == 1 && !g->a_sum && (g->type == SS_F32 || (s.pairs && even));
-    if (!s.amx) s.direct = s.direct && batches(g) * g->n < REUSED;
-    if (s.amx) s.direct = s.direct && s.width == s.units;
+    s.direct = s.direct && (s.amx ? s.width == s.units : batches(g) * g->n < REUSED);
     s.mc = least(MC / s.rows, blocks(g->m, s.rows)) * s.rows;
     const int64_t fit = TILES / (4 * s.mc * s.cols), all = batches(g) * blocks(g->n, s.cols);
     s.panels = most(1, least(s.width <= KC ? least(fit, GROUP) : fit, all));

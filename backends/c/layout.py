@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from shoestring.ir import Op
@@ -33,7 +33,7 @@ def reshape(x: Layout, shape: tuple[int, ...]) -> Layout | None:
     """`x` in another shape, or None where that takes a copy. Numel must agree."""
     if x.numel == 0:
         return row_major(shape)
-    runs = _contiguous_runs(x)
+    runs = contiguous_runs(zip(x.shape, x.strides, strict=True))
     strides: list[int] = []
     left = 1  # elements of the current run not yet covered, counted from its innermost
     step = 1
@@ -55,10 +55,10 @@ def reshape(x: Layout, shape: tuple[int, ...]) -> Layout | None:
     return Layout(shape, fixed, x.offset)
 
 
-def _contiguous_runs(x: Layout) -> list[tuple[int, int]]:
-    """Maximal groups of dimensions that one (size, stride) describes, outermost first."""
+def contiguous_runs(dims: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Dimensions as (size, stride), outermost first, with neighbours joined that one describes."""
     runs: list[tuple[int, int]] = []
-    for size, stride in zip(x.shape, x.strides, strict=True):
+    for size, stride in dims:
         if size == 1:
             continue
         if runs and runs[-1][1] == stride * size:
@@ -139,7 +139,7 @@ def _unfolded(op: Op, x: Layout) -> Layout | None:
 
 def _as_strided(op: Op, x: Layout) -> Layout | None:
     """Counts in the row-major order of the operand; so the operand must be in that order."""
-    runs = _contiguous_runs(x)
+    runs = contiguous_runs(zip(x.shape, x.strides, strict=True))
     if len(runs) > 1 or any(stride != 1 for _, stride in runs):
         return None
     return Layout(

@@ -51,27 +51,25 @@ SS_INLINE int64_t neighbours(const int64_t *at, int64_t limit) {
     return n;
 }
 
-SS_INLINE float element(Source s, int64_t k, int64_t j) {
-    int64_t at = k * s.k_stride + j * s.j_stride;
-    if (s.type == SS_F32) return ((const float *)s.p)[at];
-    uint32_t bits = (uint32_t)((const uint16_t *)s.p)[at] << 16;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
+/* What a lane of a unit is made of. */
+enum { ONE_F32, ONE_HALF, TWO_HALVES };
 
-SS_INLINE uint32_t half(Source s, int64_t k, int64_t j) {
-    return ((const uint16_t *)s.p)[k * s.k_stride + j * s.j_stride];
+/* The element `at`, or it and the element `next`, which is a zero where it is not `paired`. */
+SS_INLINE float lane(const char *p, const int kind, int64_t at, int64_t next, int paired) {
+    if (kind == ONE_F32) return ((const float *)p)[at];
+    const uint16_t *halves = (const uint16_t *)p;
+    const uint32_t high = kind == ONE_HALF ? halves[at] : paired ? halves[next] : 0;
+    const uint32_t word = high << 16 | (kind == TWO_HALVES ? halves[at] : 0);
+    float x;
+    memcpy(&x, &word, 4);
+    return x;
 }
 
 /* One unit of one lane; what lies beyond K is zero. */
 SS_INLINE float unit(Source s, int64_t u, int64_t j, int64_t k_end, int pairs) {
-    if (!pairs) return element(s, u, j);
-    uint32_t low = half(s, 2 * u, j), high = 2 * u + 1 < k_end ? half(s, 2 * u + 1, j) : 0;
-    uint32_t word = low | high << 16;
-    float x;
-    memcpy(&x, &word, 4);
-    return x;
+    const int64_t k = pairs ? 2 * u : u, at = k * s.k_stride + j * s.j_stride;
+    const int kind = s.type == SS_F32 ? ONE_F32 : pairs ? TWO_HALVES : ONE_HALF;
+    return lane(s.p, kind, at, at + s.k_stride, k + 1 < k_end);
 }
 
 /* One vector of lanes of unit `u`, where lanes are contiguous in memory. */
@@ -268,20 +266,6 @@ static void pack(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0,
             out[u * width + l] = unit(s, u0 + u, j0 + l, k_end, pairs);
         for (int64_t l = count > j ? count : j; l < width; l++) out[u * width + l] = 0.0f;
     }
-}
-
-/* What a lane of a unit is made of. */
-enum { ONE_F32, ONE_HALF, TWO_HALVES };
-
-/* The element `at`, or it and the element `next`, which is a zero where it is not `paired`. */
-SS_INLINE float lane(const char *p, const int kind, int64_t at, int64_t next, int paired) {
-    if (kind == ONE_F32) return ((const float *)p)[at];
-    const uint16_t *halves = (const uint16_t *)p;
-    const uint32_t high = kind == ONE_HALF ? halves[at] : paired ? halves[next] : 0;
-    const uint32_t word = high << 16 | (kind == TWO_HALVES ? halves[at] : 0);
-    float x;
-    memcpy(&x, &word, 4);
-    return x;
 }
 
 /* Positions of the elements of a block of K, which make up `units` units; `runs`: whether eight units

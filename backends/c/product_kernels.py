@@ -109,12 +109,9 @@ class ProductWriter(KernelWriter):
         matrices, rows, images, cols = (self.sizes[axis] for axis in AXES)
         a, b = self.sides.a, self.sides.b
         lists, named = "", ""
-        for name, digits in (("a_sum", a.cols), ("b_sum", b.rows), ("b_cols", b.cols)):
-            if stride_of(digits) is None:
-                lists += (
-                    f"    static const ss_digits {name} = {_digits(digits)};  // sizes, strides\n"
-                )
-                named += f"        .{name} = &{name},\n"
+        for name, digits in self.sides.lists().items():
+            lists += f"    static const ss_digits {name} = {_digits(digits)};  // sizes, strides\n"
+            named += f"        .{name} = &{name},\n"
         return (
             f"{lists}    static const ss_gemm g = {{\n"
             f"        {matrices}, {rows}, {images * cols}, {self.sides.summed},"

@@ -46,10 +46,11 @@ def matrices_of(op: Op) -> Sequence[Value]:
     role = role_of(op)
     if role is None:
         return op.inputs[op.name in BIASED :]
-    grad_or_x, x_or_weight, *_ = op.inputs
     if role is Role.RESULT:
-        return (x_or_weight, grad_or_x)
-    return (op.inputs[2], op.inputs[0]) if role is Role.INPUT else (op.inputs[0], op.inputs[1])
+        x, weight, *_ = op.inputs
+        return weight, x
+    grad, x, weight = op.inputs
+    return (weight, grad) if role is Role.INPUT else (grad, x)
 
 
 def sides_of(node: Node) -> Sides:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .layout import contiguous_runs
+
 if TYPE_CHECKING:
     from .nodes import Node, Ref
 
@@ -82,18 +84,15 @@ class Sides:
     frame: Frame | None = None
     images: int = 1
 
+    def lists(self) -> dict[str, Digits]:
+        """The dimensions that take several strides, by their names in an `ss_gemm`."""
+        walked = {"a_sum": self.a.cols, "b_sum": self.b.rows, "b_cols": self.b.cols}
+        return {name: digits for name, digits in walked.items() if stride_of(digits) is None}
+
 
 def simplified(digits: Iterable[tuple[int, int]]) -> Digits:
     """The same elements in the same order, with as few digits as possible."""
-    found: list[tuple[int, int]] = []
-    for size, stride in digits:
-        if size == 1:
-            continue
-        if found and found[-1][1] == size * stride:
-            found[-1] = (found[-1][0] * size, stride)
-        else:
-            found.append((size, stride))
-    return tuple(found)
+    return tuple(contiguous_runs(digits))
 
 
 def stride_of(digits: Digits) -> int | None:

@@ -210,9 +210,8 @@ class Trial:
         g = _Gemm(batch=out.numel() // (rows * cols), m=rows, n=cols, k=sides.summed, type=kind)
         g.a_batch, g.a_row, g.a_col = a.batch, stride_of(a.rows) or 0, stride_of(a.cols) or 0
         g.b_batch, g.b_row, g.b_col = b.batch, stride_of(b.rows) or 0, stride_of(b.cols) or 0
-        for name, digits in (("a_sum", a.cols), ("b_sum", b.rows), ("b_cols", b.cols)):
-            if stride_of(digits) is None:
-                setattr(g, name, ctypes.pointer(_Digits(*written_out(digits))))
+        for name, digits in sides.lists().items():
+            setattr(g, name, ctypes.pointer(_Digits(*written_out(digits))))
         self.library, self.threads = _runtime(), torch.get_num_threads()
         self.frame = None
         if frame is not None:
