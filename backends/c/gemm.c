@@ -40,14 +40,14 @@ enum {
 #endif
     COLS = VECS * SS_LANES,
     KC = 384,                /* units of K in a packed panel of B */
-    MC = 256,                /* about the most rows of A that share a packed panel */
+    MC = 264,                /* about the most rows of A that share a packed panel */
     AMX_ROWS = 32,           /* the tile of machines with tile registers: 2 x 2 of them */
     AMX_COLS = 32,
     AMX_UNITS = 16,          /* units of K that one multiplication of tile registers takes */
     GROUP = 4,               /* panels that are packed together: columns are neighbours in memory */
-    AHEAD = 16,              /* units of K that are fetched ahead where K is not contiguous */
+    AHEAD = 8,               /* units of K that are fetched ahead where K is not contiguous */
     TILES = 512 << 10,       /* about the most bytes of tiles that wait for the next block of K */
-    PACK_UNITS = 32,         /* units of K that are packed of all rows before the next */
+    PACK_ROWS = 96,          /* rows of A that are packed together where they are neighbours in memory */
     REUSED = SS_LANES == 8 ? 128 : INT32_MAX, /* columns from which on packing A pays in any case */
     PACK_A = 20, PACK_B = 16, /* cost of packing one element, in multiply-adds */
     ALONE = 1 << 17,         /* multiply-adds below which one thread is faster */
@@ -286,12 +286,14 @@ static void pack_a(const Shape *s, Source a, int64_t i, int64_t rows, const Bloc
         }
         return;
     }
-    /* All rows of a few units before the next units where rows are neighbours in memory. */
-    const int64_t few = a.k_stride == 1 ? k->units : PACK_UNITS;
-    for (int64_t v = 0; v < k->units; v += few)
-        for (int64_t r = 0; r < rows; r += ROWS)
-            pack(a, k->u + v, least(few, k->units - v), s->k, i + r, least(ROWS, rows - r), ROWS,
-                 s->pairs, packed + r * k->units + v * ROWS);
+    int64_t r = 0;
+    if (a.j_stride == 1) {
+        const int64_t floats = ROWS * k->units, some = PACK_ROWS / ROWS;
+        for (int64_t count; (count = least(some, (rows - r) / ROWS)) > 0; r += count * ROWS)
+            pack_lanes(a, k->u, k->units, s->k, i + r, count, ROWS, floats, s->pairs, packed + r * k->units);
+    }
+    for (; r < rows; r += ROWS)
+        pack(a, k->u, k->units, s->k, i + r, least(ROWS, rows - r), ROWS, s->pairs, packed + r * k->units);
 }
 
 /* Where panel `q` of a part is: in matrix `batch`, columns [j, j + cols). */
@@ -304,21 +306,6 @@ static Panel panel_of(const Shape *s, const Part *p, int64_t q) {
     return (Panel){q / across, j, least(s->cols, p->j1 - j)};
 }
 
-/* Packs `count` whole panels from column `j` on, row by row, where columns are contiguous in memory. */
-static void pack_rows_of_b(const Shape *s, Source b, int64_t j, int64_t count, const Block *k,
-                           float *panels) {
-    const int64_t floats = panel_floats(s), cols = s->cols;
-    const int64_t each = (1 + s->pairs) * b.k_stride, size = b.type == SS_F32 ? 4 : 2;
-    for (int64_t u = 0; u < k->units; u++) {
-        const char *ahead = b.p + ((k->u + u + AHEAD) * each + j) * size;
-        for (int64_t at = 0; at < count * cols * size; at += 64) __builtin_prefetch(ahead + at);
-        for (int64_t c = 0; c < count; c++)
-            for (int64_t v = 0; v < cols; v += SS_LANES)
-                ss_vstore(panels + c * floats + u * cols + v,
-                          lanes(b, k->u + u, j + c * cols + v, s->k, s->pairs));
-    }
-}
-
 /* Packs panels [q, q + count) of B; `step` is how many bytes its matrices are apart. */
 static void pack_b(const Shape *s, Source b, int64_t step, const Part *p, int64_t q, int64_t count,
                    const Block *k, float *panels) {
@@ -328,7 +315,7 @@ static void pack_b(const Shape *s, Source b, int64_t step, const Part *p, int64_
     const int whole = first.batch == last.batch && last.cols == s->cols;
     if (b.j_stride == 1 && !listed(b) && whole) {
         b.p += first.batch * step;
-        pack_rows_of_b(s, b, first.j, count, k, panels);
+        pack_lanes(b, k->u, k->units, s->k, first.j, count, s->cols, floats, s->pairs, panels);
     }
     for (int64_t c = 0; c < count; c++) {
         float *out = panels + c * floats;
@@ -392,10 +379,11 @@ static void product(const Shape *s, Source left, Source right, int64_t step, Par
                     void *const *buffers, float *scratch) {
     float *panels = scratch, *packed = panels + GROUP * panel_floats(s);
     const Tiles tiles = {packed + packed_floats(s), s->panels * s->cols};
-    const int64_t all = p.count * blocks(p.j1 - p.j0, s->cols);
+    const int64_t all = p.count * blocks(p.j1 - p.j0, s->cols), down = blocks(p.i1 - p.i0, s->mc);
+    const int64_t high = blocks(blocks(p.i1 - p.i0, most(down, 1)), s->rows) * s->rows; /* much alike */
     Block k;
-    for (int64_t i = p.i0; i < p.i1; i += s->mc) {
-        const int64_t rows = least(s->mc, p.i1 - i);
+    for (int64_t i = p.i0; i < p.i1; i += high) {
+        const int64_t rows = least(high, p.i1 - i);
         for (int64_t from = 0; from < all; from += s->panels) {
             const int64_t count = least(s->panels, all - from);
             for (int64_t u = 0; u < s->units; u += KC) {

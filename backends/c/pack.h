@@ -214,7 +214,9 @@ static void pack_along(Source s, int64_t u0, int64_t units, int64_t k_end, int64
                        int64_t width, int pairs, float *out) {
     int64_t at[8], u = 0;
     for (int64_t l = 0; l < 8; l++) at[l] = (j + least(l, lanes - 1)) * s.j_stride + u0 * (1 + pairs);
+    const int64_t size = s.type == SS_F32 ? 4 : 2, next = 8 * s.j_stride * size;
     for (; u + 8 <= units; u += 8) {
+        for (int64_t l = 0; l < 8; l++) __builtin_prefetch(s.p + at[l] * size + next);
         if (width == ROWS)
             turn8(s, at, pairs, out + u * ROWS, ROWS);
         else
@@ -227,18 +229,29 @@ static void pack_along(Source s, int64_t u0, int64_t units, int64_t k_end, int64
 }
 #endif
 
+/* `count` panels of `width` lanes each, `floats` apart, unit by unit, where lanes are neighbours in
+ * memory. */
+static void pack_lanes(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j, int64_t count,
+                       int64_t width, int64_t floats, int pairs, float *out) {
+    const int64_t each = (1 + pairs) * s.k_stride, size = s.type == SS_F32 ? 4 : 2;
+    for (int64_t u = 0; u < units; u++) {
+        const char *ahead = s.p + ((u0 + u + AHEAD) * each + j) * size;
+        for (int64_t at = 0; at < count * width * size; at += 64) __builtin_prefetch(ahead + at);
+        for (int64_t c = 0; c < count; c++) {
+            float *o = out + c * floats + u * width;
+            if (width == ROWS)
+                rows_of(s, u0 + u, j + c * ROWS, k_end, pairs, o);
+            else
+                for (int64_t v = 0; v < width; v += SS_LANES)
+                    ss_vstore(o + v, lanes(s, u0 + u, j + c * width + v, k_end, pairs));
+        }
+    }
+}
+
 /* out[units, width] = units [u0, u0 + units) of lanes [j0, j0 + count); lanes beyond are zero. */
 static void pack(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0, int64_t count,
                  int64_t width, int pairs, float *out) {
     int64_t j = 0;
-    if (s.j_stride == 1 && width == ROWS && count == ROWS) {
-        const int64_t size = s.type == SS_F32 ? 4 : 2, each = (1 + pairs) * s.k_stride;
-        for (int64_t u = 0; u < units; u++) {
-            __builtin_prefetch(s.p + ((u0 + u + AHEAD) * each + j0) * size);
-            rows_of(s, u0 + u, j0, k_end, pairs, out + u * ROWS);
-        }
-        return;
-    }
     if (s.j_stride == 1)
         for (; j + SS_LANES <= count; j += SS_LANES)
             for (int64_t u = 0; u < units; u++)

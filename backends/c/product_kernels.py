@@ -15,7 +15,7 @@ from .nodes import Node, Ref
 from .products import AXES, axes_of, grouping_of, sides_of
 from .sides import Digits, Frame, Numbers, Side, stride_of, written_out
 
-ROWS, COLS, KC, MC, GROUP, TILES = 32, 48, 384, 256, 4, 512 << 10  # at least those of gemm.c
+ROWS, COLS, KC, MC, GROUP, TILES = 32, 48, 384, 264, 4, 512 << 10  # at least those of gemm.c
 TYPES = {torch.float32: "SS_F32", torch.bfloat16: "SS_BF16"}
 
 
