@@ -8,6 +8,15 @@ from dataclasses import replace
 from shoestring.ir import Function, Op, TensorType, Value
 
 
+SIZES = {
+    "aten.view.default": "size",
+    "aten._unsafe_view.default": "size",
+    "aten.expand.default": "size",
+    "aten.slice_backward.default": "input_sizes",
+}
+"""Attributes that hold the shape of the result."""
+
+
 class Names:
     """Unused value names of one function."""
 
@@ -43,3 +52,10 @@ def reading(op: Op, subst: Mapping[Value, Value]) -> Op:
 def at(op: Op, **changes: object) -> Op:
     """The op with fields of its location changed."""
     return replace(op, loc=replace(op.loc, **changes))  # type: ignore[arg-type]
+
+
+def resized(op: Op, type_: TensorType) -> Op:
+    """The op with the shape of `type_` where it holds that of its result in an attribute."""
+    if op.name not in SIZES:
+        return op
+    return replace(op, attrs={**op.attrs, SIZES[op.name]: type_.shape})

@@ -28,6 +28,7 @@ from .group_heads import GroupHeads
 from .lower_precision import LowerPrecision
 from .order_memory import OrderMemory
 from .pipeline import unknown_pass
+from .propagate_slices import PropagateSlices
 from .rematerialize import Rematerialize
 from .simplify_algebra import SimplifyAlgebra
 
@@ -39,6 +40,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     SimplifyAlgebra,
     CommonSubexpressions,
     GroupHeads,
+    PropagateSlices,
     DeadCode,
     ChunkLoss,
     Decompose,
@@ -70,6 +72,7 @@ def default_pipeline(keep: frozenset[str] | None = None, precision: str = "fp32"
         SimplifyAlgebra(),
         CommonSubexpressions(),
         GroupHeads(),
+        PropagateSlices(),
         DeadCode(),
     ]
     lower: list[Pass] = [] if keep is None else [Decompose(keep)]

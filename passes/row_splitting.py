@@ -14,15 +14,9 @@ import torch
 
 from shoestring.ir import Function, Kind, Loc, Op, Operand, TensorType, Value, make_op
 
-from .editing import Names
+from .editing import Names, resized
 
 CHEAP = frozenset({Kind.POINTWISE, Kind.VIEW})
-SIZES = {
-    "aten.view.default": "size",
-    "aten._unsafe_view.default": "size",
-    "aten.expand.default": "size",
-    "aten.slice_backward.default": "input_sizes",
-}
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -251,10 +245,8 @@ class _ChunkWriter:
         operands = tuple(self.operand(o, dims, op.loc) for o in op.operands)
         pairs = list(zip(op.results, split.results, strict=True))
         types = tuple(self.type_of(r, dim) for r, dim in pairs)
-        attrs = dict(op.attrs)
-        if op.name in SIZES:
-            attrs[SIZES[op.name]] = types[0].shape
-        new = Op(op.opdef, operands, attrs, (), replace(op.loc, phase=self.phase))
+        here = replace(op.loc, phase=self.phase)
+        new = resized(replace(op, operands=operands, results=(), loc=here), types[0])
         if (op, self.stop - self.start) not in self.checked:
             self.checked.add((op, self.stop - self.start))
             if op.opdef.infer(new) != types:

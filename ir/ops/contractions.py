@@ -127,17 +127,27 @@ def attention_factors(op: Op) -> FactorMap:
     """[batch, heads, length, size]: batch and heads are free where every operand has both.
 
     Heads that share keys and values are not: a part of them has its own part of the fewer heads.
+    Queries are free of each other, unless which keys they see depends on their position. Gradients
+    of keys and values are sums over them.
     """
     if any(v.type.rank not in (3, 4) for v in op.inputs) or op.inputs[0].type.rank != 4:
         return keep_whole(op)
     batch, heads = op.inputs[0].type.shape[:2]
-    shared = _query_key(op)[1].type.shape[1] != heads
+    query, key = _query_key(op)
+    shared = key.type.shape[1] != heads
+    backward = op.opdef.operand_names[0] != "query"
+    free_queries = not op.attr("is_causal")
 
-    def of(v: Value) -> Dims:
+    def of(v: Value, queries: bool) -> Dims:
         free = (v.type.shape[0] == batch, v.type.shape[1] == heads and not shared)
-        return ("b" if free[0] else None, "h" if free[1] else None, *(None,) * (v.type.rank - 2))
+        length = v.type.shape[2] == query.type.shape[2]
+        rest = ("q" if queries and length and free_queries else None, *(None,) * (v.type.rank - 3))
+        return ("b" if free[0] else None, "h" if free[1] else None, *rest)
 
-    return FactorMap(tuple(of(v) for v in op.inputs), tuple(of(v) for v in op.results))
+    names = (n for n, o in zip(op.opdef.operand_names, op.operands, strict=True) if o is not None)
+    operands = tuple(of(v, n not in ("key", "value")) for v, n in zip(op.inputs, names, strict=True))
+    results = tuple(of(v, not (backward and i)) for i, v in enumerate(op.results))
+    return FactorMap(operands, results, {"q": "sum"} if backward and free_queries else {})
 
 
 def infer_grouped_mm(op: Op) -> tuple[TensorType, ...]:
