@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from shoestring.ir import Function, Op, TensorType, Value
 
-
 SIZES = {
     "aten.view.default": "size",
     "aten._unsafe_view.default": "size",

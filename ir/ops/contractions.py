@@ -145,7 +145,9 @@ def attention_factors(op: Op) -> FactorMap:
         return ("b" if free[0] else None, "h" if free[1] else None, *rest)
 
     names = (n for n, o in zip(op.opdef.operand_names, op.operands, strict=True) if o is not None)
-    operands = tuple(of(v, n not in ("key", "value")) for v, n in zip(op.inputs, names, strict=True))
+    operands = tuple(
+        of(v, n not in ("key", "value")) for v, n in zip(op.inputs, names, strict=True)
+    )
     results = tuple(of(v, not (backward and i)) for i, v in enumerate(op.results))
     return FactorMap(operands, results, {"q": "sum"} if backward and free_queries else {})
 
