@@ -39,7 +39,7 @@ enum {
     VECS = 3,
 #endif
     COLS = VECS * SS_LANES,
-    KC = 384,                /* units of K in a packed panel of B */
+    KC = 384,                /* the most units of K in a packed panel of B */
     MC = 264,                /* about the most rows of A that share a packed panel */
     AMX_ROWS = 32,           /* the tile of machines with tile registers: 2 x 2 of them */
     AMX_COLS = 32,
@@ -188,6 +188,7 @@ typedef struct {
     int direct;               /* whether A is read where it is */
     int64_t rows, cols;       /* of a tile */
     int64_t k, units, width;  /* what is summed up, the same in units, these padded */
+    int64_t block;            /* units of a block of K: blocks are much alike */
     int64_t mc;               /* rows that share a panel */
     int64_t panels;           /* of which the tiles wait together for the next block of K */
 } Shape;
@@ -206,6 +207,8 @@ static Shape of_length(Shape s, int64_t k) {
     s.k = k;
     s.units = s.pairs ? (k + 1) / 2 : k;
     s.width = s.amx ? blocks(s.units, AMX_UNITS) * AMX_UNITS : s.units;
+    const int64_t each = blocks(s.width, most(1, blocks(s.width, KC)));
+    s.block = blocks(most(1, each), AMX_UNITS) * AMX_UNITS;
     return s;
 }
 
@@ -255,8 +258,8 @@ typedef struct {
 static void start_block(const Shape *s, Source left, Source right, int64_t u, Block *k) {
     const int64_t each = 1 + s->pairs;
     k->u = u;
-    k->units = least(KC, s->units - u);
-    k->wide = least(KC, s->width - u);
+    k->units = least(s->block, s->units - u);
+    k->wide = least(s->block, s->width - u);
     const int64_t elements = least(each * k->units, s->k - each * u);
     if (listed(left)) list_sum(left, each * u, elements, k->units, s->pairs, &k->a);
     if (listed(right)) list_sum(right, each * u, elements, k->units, s->pairs, &k->b);
@@ -386,7 +389,7 @@ static void product(const Shape *s, Source left, Source right, int64_t step, Par
         const int64_t rows = least(high, p.i1 - i);
         for (int64_t from = 0; from < all; from += s->panels) {
             const int64_t count = least(s->panels, all - from);
-            for (int64_t u = 0; u < s->units; u += KC) {
+            for (int64_t u = 0; u < s->units; u += s->block) {
                 if (s->units > KC || from == 0) {
                     start_block(s, left, right, u, &k);
                     pack_a(s, left, i, rows, &k, packed);
