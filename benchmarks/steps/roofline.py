@@ -54,7 +54,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step cannot do without.
+    """What a step does as it is written; passes may find that some of it is not needed.
 
     Attributes:
         product_flops: of matrix products, convolutions and attention.

@@ -209,7 +209,8 @@ of a peer the less of two runs, with the system's malloc and with the one it is 
 Compile time is setup and two steps, less two ordinary steps; imports do not count. Peers have
 fused AdamW, one thread a core, the malloc named below, and autocast for bf16.
 The roofline of a step: FLOPs of products / peak + bytes of state (parameters and moments, read and
-written once) / bandwidth, the peaks being measured before and after in the same run."""
+written once) / bandwidth, the peaks being measured before and after in the same run. It is that of
+the model as written: a pass that leaves out products nobody reads raises the share."""
 
 
 def machine_text(machine: dict[str, Any]) -> str:
