@@ -26,6 +26,7 @@ from .fold_constants import FoldConstants
 from .fuse_update import FuseUpdate
 from .group_heads import GroupHeads
 from .lower_precision import LowerPrecision
+from .merge_products import MergeProducts
 from .order_memory import OrderMemory
 from .pipeline import unknown_pass
 from .propagate_slices import PropagateSlices
@@ -41,6 +42,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     CommonSubexpressions,
     GroupHeads,
     PropagateSlices,
+    MergeProducts,
     DeadCode,
     ChunkLoss,
     Decompose,
@@ -73,6 +75,7 @@ def default_pipeline(keep: frozenset[str] | None = None, precision: str = "fp32"
         CommonSubexpressions(),
         GroupHeads(),
         PropagateSlices(),
+        MergeProducts(),
         DeadCode(),
     ]
     lower: list[Pass] = [] if keep is None else [Decompose(keep)]
