@@ -178,7 +178,7 @@ class _Merger:
             first, *others = (self.stacked.get(v, []) for v in term.rows)
             for base, i in first:
                 for other, j in others[0] if others else [(base, i)]:
-                    key = (base, other, j - i) if others else (base,)
+                    key: tuple[object, ...] = (base, other, j - i) if others else (base,)
                     groups.setdefault(key, {}).setdefault(i, term.leaf)
         found: list[Run] = []
         taken: set[Value] = set()
