@@ -50,6 +50,7 @@ static struct {
     _Atomic int64_t done;
     _Atomic(ss_part) part;
     _Atomic(void *) context;
+    _Atomic int64_t limit;      /* workers from this number on take no part: there were more before */
     _Atomic uint32_t published; /* changes with each piece of work; workers sleep on it */
     _Atomic int sleepers;
     pthread_mutex_t owner;      /* held while a piece of work is under way */
@@ -76,6 +77,7 @@ static int64_t now(void) {
 static void take_parts(int64_t worker) {
     uint64_t seen = atomic_load(&pool.ticket);
     while ((seen & MASK) < (seen >> PART_BITS & MASK)) {
+        if (worker >= atomic_load(&pool.limit)) return; /* that of this ticket, or its exchange fails */
         if (!atomic_compare_exchange_weak(&pool.ticket, &seen, seen + 1)) continue;
         inside = 1;
         /* The work cannot change while one of its parts is not done. */
@@ -163,6 +165,7 @@ static void own_parallel(ss_part part, void *context, int64_t parts) {
     atomic_store(&pool.part, part);
     atomic_store(&pool.context, context);
     atomic_store(&pool.done, 0);
+    atomic_store(&pool.limit, pool.wanted);
     const uint64_t number = (atomic_load(&pool.ticket) >> 2 * PART_BITS) + 1;
     atomic_store(&pool.ticket, ticket_of(number, (uint64_t)parts));
     atomic_fetch_add(&pool.published, 1);

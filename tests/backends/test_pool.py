@@ -26,6 +26,12 @@ void count_parts(int64_t *seen, int64_t parts) { ss_parallel(count, seen, parts)
 static void nest(void *context, int64_t part, int64_t worker) {
     ss_parallel(count, (int64_t *)context + 8 * part, 8);
 }
+static void note(void *context, int64_t part, int64_t worker) {
+    int64_t *most = context; /* one a part; each takes a while, so that every thread takes some */
+    for (volatile int64_t i = 0; i < 20000; i++) {}
+    most[part] = worker + 1;
+}
+void count_workers(int64_t *seen, int64_t parts) { ss_parallel(note, seen, parts); }
 void count_nested(int64_t *seen) { ss_parallel(nest, seen, 8); }
 void loop(int64_t *seen, int64_t size) {
 #pragma omp parallel for schedule(static)
@@ -67,6 +73,15 @@ def test_workers_that_sleep_wake(library: ctypes.CDLL) -> None:
     for _ in range(20):
         assert counted(library.count_parts, 64, 64) == [1] * 64
         time.sleep(0.002)
+
+
+def test_fewer_threads_than_before(library: ctypes.CDLL) -> None:
+    """Threads that are no longer wanted take no part: the others' scratch is all there is."""
+    Pool.resize(6)
+    assert max(counted(library.count_workers, 400, 400)) <= 6
+    Pool.resize(2)
+    for _ in range(50):
+        assert max(counted(library.count_workers, 100, 100)) <= 2
 
 
 def test_work_within_a_part(library: ctypes.CDLL) -> None:
