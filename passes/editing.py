@@ -58,3 +58,12 @@ def resized(op: Op, type_: TensorType) -> Op:
     if op.name not in SIZES:
         return op
     return replace(op, attrs={**op.attrs, SIZES[op.name]: type_.shape})
+
+
+def append(ops: list[Op], names: Names, op: Op, base: str, result: Value | None = None) -> Value:
+    """Appends an op that has one result: `result`, or a fresh value called after `base`."""
+    if result is None:
+        (type_,) = op.opdef.infer(op)
+        result = names.fresh(type_, base)
+    ops.append(replace(op, results=(result,)))
+    return result

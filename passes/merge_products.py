@@ -11,7 +11,7 @@ from shoestring.ir import Function, Op, Value, make_op
 
 from .base import Numerics, Pass, PassReport
 from .dead_code import DeadCode
-from .editing import Names
+from .editing import Names, append
 
 ADD, MM, SUM = "aten.add.Tensor", "aten.mm.default", "aten.sum.dim_IntList"
 PERMUTE, VIEW = "aten.permute.default", "aten.view.default"
@@ -68,11 +68,19 @@ class MergeProducts(Pass):
           return dw=%dw
         }
 
-    After:
+    After, with what is dead:
 
         func @f {
           batch %x: f32[2,8,5] "x"
           batch %y: f32[2,8,3] "y"
+          %x0: f32[8,5] = aten.select.int(%x) {dim=0, index=0}
+          %x1: f32[8,5] = aten.select.int(%x) {dim=0, index=1}
+          %y0: f32[8,3] = aten.select.int(%y) {dim=0, index=0}
+          %y1: f32[8,3] = aten.select.int(%y) {dim=0, index=1}
+          %t0: f32[5,8] = aten.permute.default(%x0) {dims=[1, 0]}
+          %t1: f32[5,8] = aten.permute.default(%x1) {dims=[1, 0]}
+          %p0: f32[5,3] = aten.mm.default(%t0, %y0)
+          %p1: f32[5,3] = aten.mm.default(%t1, %y1)
           %x.1: f32[16,5] = aten.view.default(%x) {size=[16, 5]}
           %y.1: f32[16,3] = aten.view.default(%y) {size=[16, 3]}
           %x.2: f32[5,16] = aten.permute.default(%x.1) {dims=[1, 0]}
@@ -99,7 +107,7 @@ class MergeProducts(Pass):
         if not report.changed:
             return function, report
         report.note(f"{merger.merged} products and sums in {merger.runs}")
-        return DeadCode().run(alive.with_ops(merger.ops()))[0], report
+        return alive.with_ops(merger.ops()), report
 
 
 class _Merger:
@@ -111,7 +119,7 @@ class _Merger:
         self.at = {op: i for i, op in enumerate(function.ops)}
         self.kept = set(function.results)
         self.inner: set[Op] = set()
-        self.gone: set[Op] = set()
+        self.gone: set[Op] = set()  # last additions of sums; the others are dead
         self.new: dict[int, list[Op]] = {}
         self.merged = self.runs = 0
         self.stacked: dict[Value, list[Place]] = {}
@@ -209,11 +217,10 @@ class _Merger:
             parts.append(self._product(run, root, ops))
         total = parts[0]
         for part in parts[1:]:
-            ops.append(make_op(ADD, (total, part), {}, root.loc))
-            total = self._name(ops, root)
+            total = self._emit(ops, root, ADD, total, part)
         ops[-1] = replace(ops[-1], results=(root.result,))
         self.new.setdefault(where, []).extend(ops)
-        self.gone.update(self._chain(root))
+        self.gone.add(root)
         self.merged += len(taken)
         self.runs += len(runs)
         return len(taken)
@@ -228,42 +235,28 @@ class _Merger:
             for base, shift in zip(run.bases, run.shifts, strict=True)
         ]
         if len(sides) == 2:
-            ops.append(make_op(PERMUTE, (sides[0],), {"dims": (1, 0)}, root.loc))
-            turned = self._name(ops, root, run.bases[0].name)
-            ops.append(make_op(MM, (turned, sides[1]), {}, root.loc))
-            return self._name(ops, root)
-        ops.append(make_op(SUM, (sides[0],), {"dim": (0,), "keepdim": False}, root.loc))
-        total = self._name(ops, root)
+            turned = self._emit(ops, root, PERMUTE, sides[0], base=run.bases[0], dims=(1, 0))
+            return self._emit(ops, root, MM, turned, sides[1])
+        total = self._emit(ops, root, SUM, sides[0], dim=(0,), keepdim=False)
         shape = root.result.type.shape
-        if total.type.shape != shape:
-            ops.append(make_op(VIEW, (total,), {"size": shape}, root.loc))
-            total = self._name(ops, root)
-        return total
+        return (
+            total if total.type.shape == shape else self._emit(ops, root, VIEW, total, size=shape)
+        )
 
     def _rows(self, base: Value, start: int, stop: int, root: Op, ops: list[Op]) -> Value:
         """Some steps of a value, one below the other."""
         steps, rows, size = base.type.static_shape
         v = base
         if (start, stop) != (0, steps):
-            ops.append(make_op(SLICE, (v,), {"dim": 0, "start": start, "end": stop}, root.loc))
-            v = self._name(ops, root, base.name)
-        ops.append(make_op(VIEW, (v,), {"size": ((stop - start) * rows, size)}, root.loc))
-        return self._name(ops, root, base.name)
+            v = self._emit(ops, root, SLICE, v, base=base, dim=0, start=start, end=stop)
+        return self._emit(ops, root, VIEW, v, base=base, size=((stop - start) * rows, size))
 
-    def _name(self, ops: list[Op], root: Op, base: str = "") -> Value:
-        """Gives the last op a result."""
-        (type_,) = ops[-1].opdef.infer(ops[-1])
-        value = self.names.fresh(type_, base or root.result.name)
-        ops[-1] = replace(ops[-1], results=(value,))
-        return value
-
-    def _chain(self, root: Op) -> Iterator[Op]:
-        stack = [root]
-        while stack:
-            op = stack.pop()
-            yield op
-            makers = (self.function.producer(v) for v in op.inputs)
-            stack += [m for m in makers if m is not None and m in self.inner and m not in self.gone]
+    def _emit(
+        self, ops: list[Op], root: Op, name: str, *operands: Value,
+        base: Value | None = None, **attrs: object,
+    ) -> Value:  # fmt: skip
+        op = make_op(name, operands, attrs, root.loc)
+        return append(ops, self.names, op, (base or root.result).name)
 
     def ops(self) -> Iterator[Op]:
         """The function's ops with the new ones among them."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from shoestring.ir import Function, Kind, Loc, Op, Operand, TensorType, Value, make_op
+from shoestring.ir import Function, Kind, Loc, Op, TensorType, Value, make_op
 
 from .base import Numerics, Pass, PassReport
-from .editing import Names, reading, resized
+from .editing import Names, append, reading, resized
 
 SLICE, SELECT = "aten.slice.Tensor", "aten.select.int"
 SLICE_BACKWARD, SELECT_BACKWARD = "aten.slice_backward.default", "aten.select_backward.default"
@@ -132,13 +132,13 @@ class PropagateSlices(Pass):
 
     def run(self, function: Function) -> tuple[Function, PassReport]:
         report = PassReport()
-        reads = [op for op in function.ops if _slice_of(op, self.most) or _pad_of(op, self.most)]
-        report.matched = len(reads)
-        if not reads:
+        report.matched = sum(
+            bool(_slice_of(op, self.most) or _pad_of(op, self.most)) for op in function.ops
+        )
+        if not report.matched:
             return function, report
         zeros = _Zeros(function, self.most)
-        middle = zeros.run() if any(_pad_of(op, self.most) for op in reads) else function
-        needs = _Needs(middle, self.most)
+        needs = _Needs(zeros.run(), self.most)
         report.changed = zeros.narrowed + len(needs.paths)
         if not report.changed:
             return function, report
@@ -198,23 +198,16 @@ def _path(op: Op, index: int, s: Slice) -> Path | None:
     if factor is None:
         return None
 
-    def of(v: Value, dims: Sequence[str | None]) -> Slice | None:
-        if factor not in dims:
-            return None
-        after = math.prod(v.type.static_shape[dims.index(factor) + 1 :])
-        return replace(s, stride=inner * after)
-
-    size = outer * s.size * inner
+    slices: list[Slice | None] = []
     for v, dims in zip(values, names, strict=True):
-        if dims.count(factor) > 1:
+        shape, found = v.type.static_shape, [d for d, name in enumerate(dims) if name == factor]
+        if len(found) > 1 or any(shape[d] != outer * s.size * inner for d in found):
             return None
-        if factor in dims and v.type.static_shape[dims.index(factor)] != size:
-            return None
-    return Path(
-        tuple(map(of, op.inputs, factors.operands)),
-        tuple(map(of, op.results, factors.results)),
-        factors.reduce.get(factor) == "sum",
-    )
+        strides = [inner * math.prod(shape[d + 1 :]) for d in found]
+        slices.append(replace(s, stride=strides[0]) if strides else None)
+    count = len(op.inputs)
+    sums = factors.reduce.get(factor) == "sum"
+    return Path(tuple(slices[:count]), tuple(slices[count:]), sums)
 
 
 def _type(v: Value, s: Slice | None) -> TensorType:
@@ -243,18 +236,17 @@ class _Editor:
         self.ops: list[Op] = []
         self.parts: dict[tuple[Value, Slice], Value] = {}
 
-    def emit(self, name: str, v: Value, result: Value, loc: Loc, **attrs: object) -> Value:
-        self.ops.append(replace(make_op(name, (v,), attrs, loc), results=(result,)))
-        return result
+    def emit(
+        self, name: str, v: Value, base: str, loc: Loc, result: Value | None = None, **attrs: object
+    ) -> Value:
+        return append(self.ops, self.names, make_op(name, (v,), attrs, loc), base, result)
 
     def reshape(
         self, v: Value, shape: Sequence[int], loc: Loc, result: Value | None = None
     ) -> Value:
-        if result is None:
-            if v.type.shape == tuple(shape):
-                return v
-            result = self.names.fresh(v.type.with_shape(tuple(shape)), v.name)
-        return self.emit(VIEW, v, result, loc, size=result.type.shape)
+        if result is None and v.type.shape == tuple(shape):
+            return v
+        return self.emit(VIEW, v, v.name, loc, result, size=tuple(shape))
 
     def part(self, v: Value, s: Slice | None, loc: Loc) -> Value:
         """The slice of a value."""
@@ -264,9 +256,7 @@ class _Editor:
             shape = v.type.static_shape
             dim, unfolded = s.unfold(shape, s.size)
             whole = self.reshape(v, unfolded, loc)
-            type_ = v.type.with_shape(s.unfold(shape, s.stop - s.start)[1])
-            sliced = self.names.fresh(type_, v.name)
-            self.emit(SLICE, whole, sliced, loc, dim=dim, start=s.start, end=s.stop)
+            sliced = self.emit(SLICE, whole, v.name, loc, dim=dim, start=s.start, end=s.stop)
             self.parts[v, s] = self.reshape(sliced, s.narrow(shape), loc)
         return self.parts[v, s]
 
@@ -275,19 +265,18 @@ class _Editor:
         shape = whole.type.static_shape
         dim, unfolded = s.unfold(shape, s.size)
         part = self.reshape(part, s.unfold(shape, s.stop - s.start)[1], loc)
-        same = unfolded == shape
-        padded = whole if same else self.names.fresh(whole.type.with_shape(unfolded), whole.name)
+        result = whole if unfolded == shape else None
         bounds = {"dim": dim, "start": s.start, "end": s.stop, "step": 1}
-        self.emit(SLICE_BACKWARD, part, padded, loc, input_sizes=unfolded, **bounds)
-        if not same:
+        attrs = {"input_sizes": unfolded, **bounds}
+        padded = self.emit(SLICE_BACKWARD, part, whole.name, loc, result, **attrs)
+        if result is None:
             self.reshape(padded, shape, loc, whole)
 
     def run_on(self, op: Op, path: Path) -> None:
         """The op on slices; results without one are its own."""
         slices = iter(path.operands)
-        operands = tuple(self._operand(o, slices, op.loc) for o in op.operands)
         types = tuple(map(_type, op.results, path.results))
-        new = resized(replace(op, operands=operands, results=()), types[0])
+        new = resized(op.map_operands(lambda v: self.part(v, next(slices), op.loc)), types[0])
         results = tuple(
             r if s is None else self.names.fresh(t, r.name)
             for r, s, t in zip(op.results, path.results, types, strict=True)
@@ -296,13 +285,6 @@ class _Editor:
         for r, s, part in zip(op.results, path.results, results, strict=True):
             if s is not None:
                 self.parts[r, s] = part
-
-    def _operand(self, operand: Operand, slices: Iterator[Slice | None], loc: Loc) -> Operand:
-        if isinstance(operand, Value):
-            return self.part(operand, next(slices), loc)
-        if isinstance(operand, tuple):
-            return tuple(None if v is None else self.part(v, next(slices), loc) for v in operand)
-        return operand
 
 
 # -- zeros of gradients, forwards ------------------------------------------------------------------
@@ -421,11 +403,8 @@ class _Needs(_Editor):
         self.need[v] = s if self.need.get(v, s) == s else WHOLE
 
     def _path(self, op: Op, needs: list[Slice | None]) -> Path | None:
-        index = next((i for i, s in enumerate(needs) if s is not None), None)
-        if index is None:
-            return None
-        s = needs[index]
-        if s is None or s is WHOLE:
+        index, s = next(((i, s) for i, s in enumerate(needs) if s is not None), (0, WHOLE))
+        if s is WHOLE:
             return None
         path = _path(op, len(op.inputs) + index, s)
         if path is None or any(

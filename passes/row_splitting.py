@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from shoestring.ir import Function, Kind, Loc, Op, Operand, TensorType, Value, make_op
+from shoestring.ir import Function, Kind, Loc, Op, TensorType, Value, make_op
 
 from .editing import Names, resized
 
@@ -242,7 +242,7 @@ class _ChunkWriter:
     def op(self, op: Op) -> None:
         split = self.region.splits[op]
         dims = iter(split.operands)
-        operands = tuple(self.operand(o, dims, op.loc) for o in op.operands)
+        operands = op.map_operands(lambda v: self.part(v, next(dims), op.loc)).operands
         pairs = list(zip(op.results, split.results, strict=True))
         types = tuple(self.type_of(r, dim) for r, dim in pairs)
         here = replace(op.loc, phase=self.phase)
@@ -268,13 +268,6 @@ class _ChunkWriter:
 
     def fresh(self, old: Value, type_: TensorType) -> Value:
         return old if self.whole else self.names.fresh(type_, old.name)
-
-    def operand(self, operand: Operand, dims: Iterator[int | None], loc: Loc) -> Operand:
-        if isinstance(operand, Value):
-            return self.part(operand, next(dims), loc)
-        if isinstance(operand, tuple):
-            return tuple(None if v is None else self.part(v, next(dims), loc) for v in operand)
-        return operand
 
     def part(self, v: Value, dim: int | None, loc: Loc) -> Value:
         """This chunk's rows of a value; all of it where it has none."""

@@ -66,6 +66,10 @@ static const double FEWER = 1.1; /* how much less time fewer parts must take */
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 static int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
+/* The size of blocks that are much alike: multiples of `unit`, no larger than a `limit` that is one. */
+static int64_t even(int64_t size, int64_t limit, int64_t unit) {
+    return most(1, blocks(blocks(size, most(1, blocks(size, limit))), unit)) * unit;
+}
 
 #include "pack.h"
 
@@ -207,8 +211,7 @@ static Shape of_length(Shape s, int64_t k) {
     s.k = k;
     s.units = s.pairs ? (k + 1) / 2 : k;
     s.width = s.amx ? blocks(s.units, AMX_UNITS) * AMX_UNITS : s.units;
-    const int64_t each = blocks(s.width, most(1, blocks(s.width, KC)));
-    s.block = blocks(most(1, each), AMX_UNITS) * AMX_UNITS;
+    s.block = even(s.width, KC, AMX_UNITS);
     return s;
 }
 
@@ -382,8 +385,8 @@ static void product(const Shape *s, Source left, Source right, int64_t step, Par
                     void *const *buffers, float *scratch) {
     float *panels = scratch, *packed = panels + GROUP * panel_floats(s);
     const Tiles tiles = {packed + packed_floats(s), s->panels * s->cols};
-    const int64_t all = p.count * blocks(p.j1 - p.j0, s->cols), down = blocks(p.i1 - p.i0, s->mc);
-    const int64_t high = blocks(blocks(p.i1 - p.i0, most(down, 1)), s->rows) * s->rows; /* much alike */
+    const int64_t all = p.count * blocks(p.j1 - p.j0, s->cols);
+    const int64_t high = even(p.i1 - p.i0, s->mc, s->rows);
     Block k;
     for (int64_t i = p.i0; i < p.i1; i += high) {
         const int64_t rows = least(high, p.i1 - i);

@@ -16,7 +16,7 @@ import torch
 
 from shoestring.ir import Function, Loc, Op, Operand, Value, make_op
 
-from ..editing import Names
+from ..editing import Names, append
 
 LOG_SOFTMAX = "aten._log_softmax.default"
 LOG_SOFTMAX_BACKWARD = "aten._log_softmax_backward_data.default"
@@ -92,10 +92,7 @@ class CrossEntropy:
         self, name: str, *operands: Operand, result: Value | None = None, **attrs: Any
     ) -> Value:
         op = make_op(name, operands, attrs, self.loc)
-        (type_,) = op.opdef.infer(op)
-        value = self.names.fresh(type_, self.base) if result is None else result
-        self.ops.append(Op(op.opdef, op.operands, op.attrs, (value,), self.loc))
-        return value
+        return append(self.ops, self.names, op, self.base, result)
 
     def cast(self, x: Value, dtype: torch.dtype, result: Value | None = None) -> Value:
         if x.type.dtype is dtype and result is None:

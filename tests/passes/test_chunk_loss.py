@@ -1,7 +1,7 @@
 """Linear layers and cross-entropy in chunks: numbers as in eager mode, and what is left whole."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import hypothesis.strategies as st
@@ -19,8 +19,9 @@ from shoestring.passes.chunk_loss import ChunkLoss
 from shoestring.passes.liveness import measure
 from shoestring.runtime.step import Step
 
+from .training import Loss, train_both
+
 SMALL = ChunkLoss(chunk_bytes=1, min_rows=2, min_bytes=0)
-Loss = Callable[..., Tensor]
 
 
 class Model(nn.Module):
@@ -57,20 +58,13 @@ def run_both(
     model: nn.Module, loss: Loss, batch: Sequence[Tensor], tolerance: float = 1e-5, **more: Any
 ) -> str:
     """Two steps of each; the report of the pass."""
-    mine, theirs = copy.deepcopy(model), copy.deepcopy(model)
-    step = compiled(mine, loss, batch, **more)
-    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.3)
-    for _ in range(2):
-        optimizer.zero_grad()
-        wanted = loss(theirs, *batch)
-        wanted.backward()
-        optimizer.step()
-        found = step(*batch)
-        torch.testing.assert_close(
-            found, wanted.detach(), rtol=tolerance, atol=tolerance, equal_nan=True
-        )
-    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+    def compiled_with(mine: nn.Module) -> Step:
+        return compiled(mine, loss, batch, **more)
+
+    step = train_both(
+        model, compiled_with, loss, batch, lr=0.3, tolerance=tolerance, equal_nan=True
+    )
     return report_of(step, batch)
 
 

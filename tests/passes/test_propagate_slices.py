@@ -1,6 +1,5 @@
 """Slices that are read and gradients that are zero elsewhere: less is computed, equal numbers."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from shoestring.passes.propagate_slices import PropagateSlices, Slice
 from shoestring.runtime.step import Step
 
 from ..backends.helpers import compare
+from .training import Loss, train_both
 
 Block = Callable[[Tensor], Tensor]
 BATCH, TOKENS, SIZE = 3, 8, 6
@@ -65,7 +65,7 @@ def test_rows_that_are_read(read: str) -> None:
   %e: f32[10,4,6] = aten._softmax.default(%p) {{dim=2, half_to_float=false}}
   %h: f32[4,10,6] = aten.permute.default(%e) {{dims=[1, 0, 2]}}
   %out: {type_} = {op}
-  return out=%out""")  # noqa: E501
+  return out=%out""")  # noqa: E501  (IR text)
     kept = 24 if "select" in read else 48
     for name in ("addmm.default", "add.Tensor", "native_layer_norm.default", "_softmax.default"):
         assert sizes(f, name) == [kept]
@@ -76,7 +76,7 @@ WHOLE = {
     "two slices": "%o: f32[4,6] = aten.select.int(%y) {dim=1, index=3}",
     "more than a quarter": "%o: f32[4,3,6] = aten.slice.Tensor(%y) {dim=1, start=0, end=3}",
     "a larger step": "%o: f32[4,2,6] = aten.slice.Tensor(%y) {dim=1, start=0, end=4, step=2}",
-    "rows that need each other": "%z: f32[4,10,6] = aten._softmax.default(%y) {dim=1, half_to_float=false}\n"  # noqa: E501
+    "rows that need each other": "%z: f32[4,10,6] = aten._softmax.default(%y) {dim=1, half_to_float=false}\n"  # noqa: E501  (IR text)
     "  %o: f32[4,6] = aten.select.int(%z) {dim=1, index=0}",
     "sums that need all": "%z: f32[4,6] = aten.mean.dim(%y) {dim=[1]}\n"
     "  %o: f32[6] = aten.select.int(%z) {dim=0, index=0}",
@@ -161,7 +161,7 @@ def test_queries_of_attention(causal: bool, mask: str) -> None:
   %o: f32[2,3,4] = aten.select.int(%out) {{dim=2, index=5}}
   %pad: f32[2,3,8,4] = aten.select_backward.default(%d) {{input_sizes=[2, 3, 8, 4], dim=2, index=5}}
   %dq: f32[2,3,8,4], %dk: f32[2,3,8,4], %dv: f32[2,3,8,4] = {ATTENTION}_backward.default(%pad, %q, %k, %v, %out, %lse, {mask}) {{{more}}}
-  return o=%o, dq=%dq, dk=%dk, dv=%dv""")  # noqa: E501
+  return o=%o, dq=%dq, dk=%dk, dv=%dv""")  # noqa: E501  (IR text)
     sizes_of = [op.results[0].type.shape[2] for op in f.ops if op.name.startswith(ATTENTION)]
     assert sizes_of == ([8, 8] if causal else [1, 1])
 
@@ -214,23 +214,13 @@ def classify(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(model(tokens), targets)
 
 
-def train_both(
-    model: nn.Module, loss: Callable[..., Tensor], batch: Sequence[Tensor], tolerance: float
-) -> Step:
-    """Two steps of each, with equal losses and parameters."""
-    mine = copy.deepcopy(model)
-    step = ss.compile(mine, loss, torch.optim.SGD(mine.parameters(), lr=0.1), tuple(batch))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        wanted = loss(model, *batch)
-        wanted.backward()
-        optimizer.step()
-        found = step(*batch)
-        torch.testing.assert_close(found, wanted.detach(), rtol=tolerance, atol=tolerance)
-    for a, b in zip(mine.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-    return step
+def trained(model: nn.Module, loss: Loss, batch: Sequence[Tensor], tolerance: float) -> Step:
+    """The compiled step, after two steps that are equal to PyTorch's."""
+
+    def compiled(mine: nn.Module) -> Step:
+        return ss.compile(mine, loss, torch.optim.SGD(mine.parameters(), lr=0.1), tuple(batch))
+
+    return train_both(model, compiled, loss, batch, lr=0.1, tolerance=tolerance)
 
 
 def products(step: Step, batch: Sequence[Tensor], path: str) -> list[Op]:
@@ -246,7 +236,7 @@ def test_last_layer_of_a_classifier(norm_first: bool, dtype: torch.dtype) -> Non
     torch.manual_seed(0)
     model = Encoder(2, 8, norm_first).to(dtype)
     batch = torch.randint(0, 11, (4, 12)), torch.randint(0, 5, (4,))
-    step = train_both(model, classify, batch, 1e-9 if dtype is torch.float64 else 2e-5)
+    step = trained(model, classify, batch, 1e-9 if dtype is torch.float64 else 2e-5)
     for name in ("up", "down", "out"):
         last, before = (products(step, batch, f"layers.{i}.{name}") for i in (1, 0))
         assert len(last) == len(before) == 3
@@ -330,7 +320,7 @@ def test_random_chains(blocks: list[str], kind: str, where: tuple[int, int]) -> 
         out: Tensor = model(x)
         return out.square().mean()
 
-    train_both(model, loss, (torch.randn(BATCH, TOKENS, SIZE, dtype=torch.float64),), 1e-9)
+    trained(model, loss, (torch.randn(BATCH, TOKENS, SIZE, dtype=torch.float64),), 1e-9)
 
 
 # -- the arithmetic of slices ----------------------------------------------------------------------
