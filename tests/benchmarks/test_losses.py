@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from benchmarks.losses import Options, Outcome, measure, outside, table, windows
+from benchmarks.losses import (
+    Band,
+    Exact,
+    Options,
+    Outcome,
+    measure,
+    outside,
+    table,
+    windows,
+    write,
+)
 
 
 def test_windows_are_means() -> None:
@@ -17,15 +29,28 @@ def test_outside_of_a_band() -> None:
 
 
 def test_limits() -> None:
-    fine = Outcome("mlp", 1e-5, 1e-6, 0, 10, 0.0, 1.0)
-    assert fine.holds
-    assert Outcome("mlp", 3e-3, 2e-3, 0, 10, 0.0, 1.0).holds
-    assert not Outcome("mlp", 5e-3, 2e-3, 0, 10, 0.0, 1.0).holds
-    assert not Outcome("mlp", 1e-5, 1e-6, 1, 10, 0.1, 1.0).holds
+    inside = Band(0, 10, 0.0)
+    fine = Outcome("mlp", 200, Exact(1e-5, 1e-7, 1e-6, 1.0), inside)
+    assert fine.holds and Outcome("mlp", 200, None, inside).holds
+    assert Outcome("mlp", 200, Exact(3e-3, 1e-7, 2e-3, 1.0), inside).holds
+    assert not Outcome("mlp", 200, Exact(5e-3, 1e-7, 2e-3, 1.0), inside).holds
+    assert not Outcome("mlp", 200, fine.fp32, Band(1, 10, 0.1)).holds
     assert "| mlp" in table([fine]) and "0 of 10" in table([fine])
+
+
+def test_a_page_keeps_what_was_not_measured_again(tmp_path: Path) -> None:
+    write(tmp_path, Outcome("lstm", 200, Exact(1e-5, 1e-7, 1e-6, 2.5)))
+    write(tmp_path, Outcome("mlp", 200, Exact(1e-5, 1e-7, 1e-6, 1.5)))
+    write(tmp_path, Outcome("mlp", 200, None, Band(1, 10, 0.125)))
+    lines = (tmp_path / "losses.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith(("| mlp", "| lstm"))]
+    assert len(rows) == 2 and "1.5000" in rows[0] and "1 of 10 | 1.2e-01" in rows[0]
+    write(tmp_path, Outcome("mlp", 100, None, Band(0, 5, 0.0)))
+    assert "1.5000" not in (tmp_path / "losses.md").read_text()
 
 
 def test_a_short_run() -> None:
     outcome = measure("mlp", Options(steps=6, window=3, tiny=True))
-    assert outcome.holds and outcome.windows == 2
-    assert outcome.last == pytest.approx(2.4, abs=0.3)
+    assert outcome.holds and outcome.bf16 is not None and outcome.bf16.windows == 2
+    assert outcome.fp32 is not None and outcome.fp32.last == pytest.approx(2.4, abs=0.3)
+    assert measure("mlp", Options(precisions=("fp32",), steps=2, tiny=True)).bf16 is None
