@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ class Region:
         return text if self.is_contiguous else f"{text}@{','.join(map(str, self.strides))}"
 
 
+@cache
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Row-major strides, in elements."""
     strides: list[int] = []

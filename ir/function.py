@@ -75,13 +75,21 @@ class Loc:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Op:
-    """One operation. `operands` follow the tensor arguments of the op's schema, in order."""
+    """One operation. `operands` follow the tensor arguments of the op's schema, in order.
+
+    Attributes:
+        inputs: every value read, flattened, with repeats.
+    """
 
     opdef: OpDef
     operands: tuple[Operand, ...]
     attrs: Mapping[str, Any]
     results: tuple[Value, ...]
     loc: Loc = Loc()
+    inputs: tuple[Value, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", tuple(operand_values(self.operands)))
 
     @property
     def name(self) -> str:
@@ -92,11 +100,6 @@ class Op:
         """The only result of an op that has one."""
         (value,) = self.results
         return value
-
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        """Every value read, flattened, with repeats."""
-        return tuple(operand_values(self.operands))
 
     def attr(self, name: str) -> Any:
         """An attribute, or its default."""

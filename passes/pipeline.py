@@ -130,6 +130,7 @@ class TypeChecker:
     """Checks result types of ops that have not been seen, so a run costs one inference a kind."""
 
     def __init__(self, trusted: Function) -> None:
+        self._checked = set(trusted.ops)
         self._seen = {_typed_signature(op) for op in trusted.ops}
 
     def check(self, function: Function) -> None:
@@ -139,6 +140,9 @@ class TypeChecker:
             IRError: SS2105 where a result does not have the type that the definition infers.
         """
         for op in function.ops:
+            if op in self._checked:
+                continue
+            self._checked.add(op)
             key = _typed_signature(op)
             if key not in self._seen:
                 self._check_op(function, op)

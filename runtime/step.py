@@ -35,6 +35,7 @@ from shoestring.ir import Function, Role
 from shoestring.ir.errors import RuntimeFault, UsageError
 from shoestring.passes.pipeline import Pipeline, StepRecord, check
 
+from .memory import collector_paused
 from .moments import Moments
 from .report import Report
 
@@ -87,6 +88,7 @@ class _Compiled:
         self.programs: dict[Any, Program] = {}
         self._backend: Backend = get_backend(options.backend)
 
+    @collector_paused()
     def build(self, capture: Callable[[], Captured], arguments: Any) -> Program:
         """Captures, optimizes and compiles one program."""
         seconds: dict[str, float] = {}

@@ -41,6 +41,9 @@ class Atoms:
 
     def resolve(self, run: Iterable[int]) -> Run:
         """The run in terms of loops that are neither tied away nor split."""
+        run = tuple(run)
+        if self._link.keys().isdisjoint(run):
+            return run
         out: list[int] = []
         for atom in run:
             link = self._link.get(atom)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 from shoestring.ir import Op
 
@@ -24,6 +25,7 @@ class Layout:
         return math.prod(self.shape)
 
 
+@cache
 def row_major(shape: tuple[int, ...]) -> Layout:
     """The layout of a tensor that is nobody's view."""
     return Layout(shape, contiguous_strides(shape))

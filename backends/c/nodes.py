@@ -8,6 +8,7 @@ Node = one piece of work: pointwise, a reduction, or a call of a PyTorch kernel
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,7 @@ class Base:
 
     @property
     def nbytes(self) -> int:
-        return row_major(self.shape).numel * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def number(self) -> bool | int | float | None:
@@ -97,6 +98,7 @@ class Node:
         outs: the bases that it makes; one a result, unless several share one.
         results: where each result is, if that is not all of its base in row-major order.
         orders: how the dimensions of each of these are stored, outermost first.
+        refs: everything that it reads.
     """
 
     index: int
@@ -108,15 +110,14 @@ class Node:
     attrs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     results: tuple[Ref, ...] = ()
     orders: Orders = ()
+    refs: list[Ref] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.refs = operand_refs(self.operands)
 
     def __repr__(self) -> str:
         """Short: what it reads leads to all that came before."""
         return f"Node({self.index}, {self.work.value} {self.name})"
-
-    @property
-    def refs(self) -> list[Ref]:
-        """Everything that it reads."""
-        return operand_refs(self.operands)
 
     @property
     def loc(self) -> Loc:

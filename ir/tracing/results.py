@@ -25,7 +25,7 @@ Key = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """A result that shares memory with nothing."""
+    """A result; of one that is no view, in memory of its own."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -57,15 +57,16 @@ class Results:
 
     def of_view(self, func: OpOverload, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
         """What `run()` gives, which calls an op whose result is a view of its first argument."""
-        key = self._key(func, args, kwargs)
+        plain = self._key(func, args, kwargs)
+        key = None if plain is None else (plain, args[0].storage_offset())
         found = self._views.get(key) if key is not None else None
         if found is not None:
             return self._view(args[0], *found)
         outcome = run()
         if key is not None and type(outcome) is FakeTensor and type(args[0]) is FakeTensor:
-            layout, data = (tuple(outcome.shape), outcome.stride()), _layout(outcome, view=True)
-            if data is not None and outcome.dtype == args[0].dtype:
-                self._views[key] = (*layout, int(outcome.storage_offset()))
+            layout = _layout(outcome)
+            if layout is not None and layout.dtype == args[0].dtype:
+                self._views[key] = (layout.shape, layout.stride, int(outcome.storage_offset()))
         return outcome
 
     def _view(
@@ -109,10 +110,12 @@ def _type(operand: Operand) -> Any:
 
 
 def _facts(given: Any) -> Any:
-    """Numbers with their types, for 1 == 1.0 == True; tensors by their layout."""
+    """Numbers with their types, for 1 == 1.0 == True; tensors by their layout without offset."""
     if isinstance(given, torch.Tensor):
-        layout = (given.dtype, tuple(given.shape), given.stride(), given.storage_offset())
-        return (*layout, given.device, given.is_conj(), given.is_neg())
+        layout = (given.dtype, tuple(given.shape), given.stride())
+        # Of a fake tensor `device` is a call through the dispatcher.
+        device = given.fake_device if isinstance(given, FakeTensor) else given.device
+        return (*layout, device, given.is_conj(), given.is_neg())
     if isinstance(given, (list, tuple)):
         return tuple([_facts(g) for g in given])  # pyright: ignore[reportUnknownVariableType]
     return (type(given), given)  # pyright: ignore[reportUnknownVariableType]
@@ -130,9 +133,9 @@ def _describe(outcome: Any) -> tuple[type | None, tuple[_Layout | None, ...]] | 
     return (type(outcome), tuple(layouts)) if known else None
 
 
-def _layout(t: Any, *, view: bool = False) -> _Layout | None:
+def _layout(t: Any) -> _Layout | None:
     if type(t) is not FakeTensor or t.layout is not torch.strided or t.is_conj() or t.is_neg():
         return None
-    if t.constant is not None or (t.storage_offset() and not view):
+    if t.constant is not None:
         return None
     return _Layout(tuple(t.shape), t.stride(), t.dtype, t.fake_device)

@@ -171,6 +171,8 @@ class Tracer(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):  # most calls of a backward pass
+            return args[0].fake_device
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
             raise self.refusal("SS1003", f"the operator {func.name()} is not supported")
@@ -259,8 +261,9 @@ class Tracer(TorchDispatchMode):
 
     def _add_view(self, source: Record, outcome: torch.Tensor, steps: tuple[Step, ...]) -> None:
         value = read(source, self._emit_one)
-        for step in steps:
+        for step in steps[:-1]:
             value = self._emit_one(step.name, value, **step.attrs)
+        value = self._append(steps[-1].name, (value,), steps[-1].attrs, (type_of(outcome),)).result
         storage, chain = source.storage, (*source.chain, *steps)
         self._records[id(outcome)] = Record(outcome, storage, chain, value, storage.version)
 
@@ -564,6 +567,7 @@ def memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 _HIGHER_ORDER = re.compile(r"no rule registered for HigherOrderOperator (\w+)")
+_DEVICE: OpOverload = torch.ops.prim.device.default
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _SAME_VIEW = {"aten._reshape_alias.default": "aten.view.default"}
 _READS_VALUE = (
