@@ -182,11 +182,11 @@ def _place_largest_first(lifetimes: Sequence[Lifetime]) -> tuple[dict[int, int],
 def _first_gap(placed: list[tuple[int, int, int, int]], t: Lifetime, size: int) -> int:
     start = 0
     for offset, end, first, last in placed:
-        if last < t.first or first > t.last:
+        if end <= start or last < t.first or first > t.last:
             continue
         if offset - start >= size:
             break
-        start = max(start, end)
+        start = end
     return start
 
 

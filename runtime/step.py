@@ -88,9 +88,12 @@ class _Compiled:
         self.programs: dict[Any, Program] = {}
         self._backend: Backend = get_backend(options.backend)
 
-    @collector_paused()
     def build(self, capture: Callable[[], Captured], arguments: Any) -> Program:
         """Captures, optimizes and compiles one program."""
+        with collector_paused():
+            return self._build(capture, arguments)
+
+    def _build(self, capture: Callable[[], Captured], arguments: Any) -> Program:
         seconds: dict[str, float] = {}
         captured = _timed(seconds, "capture", capture)
         for path, tensor in captured.gradients.items():

@@ -8,7 +8,7 @@ So one mechanism carries permutations, reshapes and broadcasts through a kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from .layout import Layout
 
@@ -22,6 +22,7 @@ class Atoms:
         self.sizes: list[int] = []
         self._link: dict[int, Run] = {}
         self._trail: list[int] = []
+        self._resolved: dict[Run, Run] = {}  # until the next tie, split or undo
 
     def fresh(self, size: int) -> Run:
         """A new dimension; none at all for size one."""
@@ -36,27 +37,31 @@ class Atoms:
 
     def undo(self, mark: int) -> None:
         """Forgets every tie and split since `mark`."""
+        self._resolved.clear()
         while len(self._trail) > mark:
             del self._link[self._trail.pop()]
 
     def resolve(self, run: Iterable[int]) -> Run:
         """The run in terms of loops that are neither tied away nor split."""
         run = tuple(run)
-        if self._link.keys().isdisjoint(run):
-            return run
-        out: list[int] = []
+        known = self._resolved.get(run)
+        if known is None:
+            known = self._resolved[run] = tuple(self._loops(run))
+        return known
+
+    def _loops(self, run: Run) -> Iterator[int]:
         for atom in run:
             link = self._link.get(atom)
             if link is None:
-                out.append(atom)
+                yield atom
             else:
-                out.extend(self.resolve(link))
-        return tuple(out)
+                yield from self.resolve(link)
 
     def size(self, run: Iterable[int]) -> int:
         return math.prod(self.sizes[a] for a in run)
 
     def _set(self, atom: int, run: Run) -> None:
+        self._resolved.clear()
         self._link[atom] = run
         self._trail.append(atom)
 

@@ -37,11 +37,19 @@ class Placed:
     Attributes:
         domain: per dimension of what it iterates over (a reduction: its operand).
         result: per dimension of its result.
+        loops: of all dimensions of the domain, as they were when it was placed.
+        result_loops: the same of the result.
     """
 
     node: Node
     domain: list[Run]
     result: list[Run]
+    loops: Run = field(init=False)
+    result_loops: Run = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.loops = tuple(a for run in self.domain for a in run)
+        self.result_loops = tuple(a for run in self.result for a in run)
 
 
 @dataclass(eq=False, slots=True)
@@ -103,9 +111,9 @@ class Grouping:
             return
         placed = self._place(node)
         unit = self._new_unit(placed)
-        unit.full = tuple(a for run in placed.domain for a in run)
+        unit.full = placed.loops
         if node.work is Work.REDUCTION:
-            kept = tuple(a for run in placed.result for a in run)
+            kept = placed.result_loops
             unit.outer, unit.reduces_all = (kept, False) if kept else (None, True)
         if self.fuse:
             for ref in [] if reads_whole(node) else node.refs:
@@ -260,8 +268,7 @@ class Grouping:
         return self.atoms.tie(only_left, only_right)
 
     def _tie(self, ref: Ref, producer: Placed, reader: Placed) -> bool:
-        base = tuple(a for run in producer.result for a in run)
-        dims = self.atoms.through(base, ref.layout)
+        dims = self.atoms.through(producer.result_loops, ref.layout)
         if dims is None:
             return False
         extra = len(reader.domain) - len(dims)
@@ -381,7 +388,7 @@ def reads_whole(node: Node) -> bool:
 
 def _covers(atoms: Atoms, axes: Axes, placed: Placed) -> bool:
     """Whether a node has one element for each of the product's."""
-    mine = atoms.resolve(a for run in placed.result for a in run)
+    mine = atoms.resolve(placed.result_loops)
     return set(mine) == {a for axis in axes for a in axis}
 
 

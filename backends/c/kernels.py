@@ -165,13 +165,10 @@ class KernelWriter:
         if set(outer) == set(full):
             outer = ()
         self.full, self.outer = full, outer
-        self.domain = {p.node: self._flat(p.domain) for p in self.unit.nodes}
+        self.domain = {p.node: self.atoms.resolve(p.loops) for p in self.unit.nodes}
         self.level: dict[Node, Level] = {}
         for p in self.unit.nodes:
-            self.level[p.node] = self._level_of(self._flat(p.result))
-
-    def _flat(self, runs: list[tuple[int, ...]]) -> tuple[int, ...]:
-        return self.atoms.resolve(a for run in runs for a in run)
+            self.level[p.node] = self._level_of(self.atoms.resolve(p.result_loops))
 
     def _level_of(self, loops: tuple[int, ...]) -> Level:
         if not loops:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .atoms import Atoms, Run, strides_of
+from .atoms import Atoms, Run
 from .expressions import FLOATS
 from .layout import row_major
 from .nodes import Work
@@ -58,11 +58,12 @@ def join(atoms: Atoms, a: Unit, b: Unit) -> Levels | None:
         return None
     if len(partial) < 2:
         return Levels(full, partial[0] if partial else None, None, reduces_all)
+    if len(partial[0]) + len(partial[1]) != len(full) or set(partial[0]) & set(partial[1]):
+        return None
     nodes = [*a.nodes, *b.nodes]
     for columns, rows in (partial, partial[::-1]):
         if is_columns(atoms, nodes, columns, full):
-            disjoint = not set(rows) & set(columns) and set(rows) | set(columns) == set(full)
-            return Levels(full, rows, columns, False) if disjoint else None
+            return Levels(full, rows, columns, False)
     return None
 
 
@@ -88,13 +89,13 @@ def is_columns(atoms: Atoms, nodes: Sequence[Placed], level: Run, full: Run) -> 
     if not FEWEST_COLUMNS <= size <= MOST_COLUMNS or rows < 2 * ROWS_OF_BLOCK[0]:
         return False
     loops, whole = set(level), set(full)
-    made = [p for p in nodes if set(_flat(atoms, p.result)) == loops]
+    made = [p for p in nodes if set(atoms.resolve(p.result_loops)) == loops]
     if not all(_fits(atoms, p, loops, whole) for p in made):
         return False
     bases = {b for p in made for b in p.node.outs}
     readers = [p for p in nodes if any(r.base in bases for r in p.node.refs)]
     inside = all(
-        p.node.work is Work.POINTWISE and set(_flat(atoms, p.domain)) == loops for p in readers
+        p.node.work is Work.POINTWISE and set(atoms.resolve(p.loops)) == loops for p in readers
     )
     return inside and any(p.node.work is Work.REDUCTION for p in made) and _is_wide(
         atoms, nodes, loops, whole
@@ -106,14 +107,14 @@ def _fits(atoms: Atoms, p: Placed, loops: set[int], whole: set[int]) -> bool:
         return True
     kind = REDUCTIONS.get(p.node.name)
     sums = kind is not None and kind.how == "sum" and p.node.outs[0].dtype in FLOATS
-    return sums and set(_flat(atoms, p.domain)) == whole
+    return sums and set(atoms.resolve(p.loops)) == whole
 
 
 def _is_wide(atoms: Atoms, nodes: Sequence[Placed], loops: set[int], whole: set[int]) -> bool:
     """Whether most memory that all loops walk is contiguous along the columns."""
     votes = 0
     for p in nodes:
-        if set(_flat(atoms, p.domain)) != whole:
+        if set(atoms.resolve(p.loops)) != whole:
             continue
         views = [(r.shape, r.layout.strides, r.layout.numel) for r in p.node.refs]
         if p.node.work is Work.POINTWISE:
@@ -122,10 +123,8 @@ def _is_wide(atoms: Atoms, nodes: Sequence[Placed], loops: set[int], whole: set[
         for shape, strides, weight in views:
             if len(shape) > len(p.domain):
                 continue  # read as a whole
-            table = strides_of(atoms, p.domain[len(p.domain) - len(shape) :], shape, strides)
-            votes += sum(weight if a in loops else -weight for a, s in table.items() if s == 1)
+            runs = p.domain[len(p.domain) - len(shape) :]
+            for run, size, stride in zip(runs, shape, strides, strict=True):
+                if stride == 1 and size > 1:
+                    votes += weight if atoms.resolve(run)[-1] in loops else -weight
     return votes > 0
-
-
-def _flat(atoms: Atoms, runs: Sequence[Run]) -> Run:
-    return atoms.resolve(a for run in runs for a in run)

@@ -53,10 +53,10 @@ def same_position(unit: Unit, old: Base, new: Base, atoms: Atoms) -> bool:
     if unit.library:
         return False
     (writer,) = [p for p in unit.nodes if new in p.node.outs]
-    target = atoms.resolve(a for run in writer.result for a in run)
+    target = atoms.resolve(writer.result_loops)
     columns = set(atoms.resolve(unit.columns)) if unit.columns is not None else None
     for placed in unit.nodes:
-        if set(target) == columns != set(atoms.resolve(a for run in placed.domain for a in run)):
+        if set(target) == columns != set(atoms.resolve(placed.loops)):
             continue  # columns are written when everything else is done
         for ref in placed.node.refs:
             if ref.base is not old:
@@ -67,7 +67,7 @@ def same_position(unit: Unit, old: Base, new: Base, atoms: Atoms) -> bool:
                 row_major(ref.shape) == ref.layout
                 and ref.layout.numel == row_major(old.shape).numel
             )
-            mine = atoms.resolve(a for run in placed.domain for a in run)
+            mine = atoms.resolve(placed.loops)
             if not whole or mine != target:
                 return False
     return True

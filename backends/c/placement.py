@@ -30,6 +30,10 @@ class Placement:
         for node in work.nodes:
             for ref in node.refs:
                 self.readers.setdefault(ref.base, []).append(node)
+        self.only: dict[Base, Node] = {}  # which one node alone reads
+        for base, readers in self.readers.items():
+            if all(r is readers[0] for r in readers):
+                self.only[base] = readers[0]
         ends = (*(work.refs[o.value] for o in work.function.outputs), *work.nexts.values())
         self.ends = {r.base for r in ends}
         self.depth: dict[Node, int] = {}
@@ -81,8 +85,8 @@ class Placement:
         """What is kept for a node that waits; what only it reads is made when it is."""
         held: set[Base] = set()
         for base in {r.base for r in node.refs}:
-            maker, readers = base.node, set(self.readers.get(base, ()))
-            if maker is not None and maker.work is Work.POINTWISE and readers == {node} and steps:
+            maker, alone = base.node, self.only.get(base) is node
+            if maker is not None and maker.work is Work.POINTWISE and alone and steps:
                 held |= self._held(maker, late, steps - 1)
             elif self._dies(base, late):
                 held.add(base)
@@ -182,7 +186,7 @@ class Placement:
 
 def _is_barrier(node: Node) -> bool:
     """Whether no kernel reaches across the node."""
-    return node.work in (Work.LIBRARY, Work.PRODUCT)
+    return node.work is Work.LIBRARY or node.work is Work.PRODUCT
 
 
 def _numel(node: Node) -> int:

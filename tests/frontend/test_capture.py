@@ -263,6 +263,13 @@ def test_checkpoint_recomputes_with_the_same_numbers(use_reentrant: bool) -> Non
     assert len(sites) == 2 and sites[0] == sites[1]
 
 
+def test_every_op_names_a_line_of_the_user() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    adam = torch.optim.AdamW(model.parameters())
+    step = shoestring.compile(model, lambda m, x: m(x).square().mean(), adam, (torch.ones(4, 3),))
+    assert {op.loc.file for op in function_of(step).ops} == {__file__}
+
+
 def test_autocast() -> None:
     class Half(Net):
         def forward(self, x: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 
 import shoestring
 from shoestring.backends.c import CExecutable
+from shoestring.runtime.memory import collector_paused
 
 
 def loss(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -54,3 +56,16 @@ for _ in range(40):
 assert current_rss() - before < 8 << 20
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_the_collector_pauses_only_if_it_ran() -> None:
+    with collector_paused():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with collector_paused():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
