@@ -75,7 +75,9 @@ def lower(function: Function, *, fuse: bool = True, measure: bool = False) -> Lo
     units = grouping.finished()
     stored = _stored(work, grouping)
     order = schedule(work, units, grouping.atoms, stored)
-    return _Emitter(function, work, grouping, order, stored).emit()
+    lowered = _Emitter(function, work, grouping, order, stored).emit()
+    work.forget()
+    return lowered
 
 
 def _check(function: Function) -> None:

@@ -148,6 +148,11 @@ class WorkList:
     nexts: dict[Value, Ref] = field(default_factory=dict[Value, Ref])
     refused: Mapping[Op, str] = field(default_factory=dict[Op, str])
 
+    def forget(self) -> None:
+        """Unties nodes from what they make, so that memory is free without a search for cycles."""
+        for base in self.bases:
+            base.node = None
+
     # -- making things -------------------------------------------------------------------------
 
     def base(self, dtype: torch.dtype, shape: tuple[int, ...], label: str, **more: Any) -> Base:

@@ -127,12 +127,20 @@ class Tracer(TorchDispatchMode):
         return self._key
 
     def finish(self, outputs: Sequence[tuple[str, torch.Tensor]]) -> Function:
-        """The function; state that was written to has its next value."""
+        """The function; state that was written to has its next value. The trace is over."""
         if self._key is not None:
             self.assign(self._key, self._emit_one("rng.advance.default", self._key))
         results = tuple(Output(name, self.read(t)) for name, t in outputs)
         params = tuple(self._final(p) for p in self.params)
+        self._forget()
         return Function(self.name, params, tuple(self.ops), results)
+
+    def _forget(self) -> None:
+        """Lets go of all tensors now: a tracer and what it met hold each other."""
+        self._records.clear()
+        self._param_records.clear()
+        self._by_memory.clear()
+        self._producers.clear()
 
     def _final(self, p: Param) -> Param:
         storage = self._param_records[p.value].storage
