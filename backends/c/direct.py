@@ -12,6 +12,12 @@ from shoestring.ir import Op
 Direct = Callable[[Op, list[Any], list[torch.Tensor]], None]
 
 
+def _embedding(op: Op, operands: list[Any], outs: list[torch.Tensor]) -> None:
+    table, indices = operands
+    rows = indices.reshape(-1)
+    torch.index_select(table, 0, rows, out=outs[0].view(rows.numel(), table.shape[1]))
+
+
 def _embedding_backward(op: Op, operands: list[Any], outs: list[torch.Tensor]) -> None:
     """Adds rows into zeros. PyTorch's own makes a whole new table each time."""
     grad, indices = operands
@@ -73,6 +79,7 @@ def _contiguous_copy(op: Op, operands: list[Any], outs: list[torch.Tensor]) -> N
 
 
 DIRECT: dict[str, Direct] = {
+    "aten.embedding.default": _embedding,
     "aten.embedding_dense_backward.default": _embedding_backward,
     "aten.slice_scatter.default": _slice_scatter,
     "aten.select_scatter.default": _select_scatter,

@@ -22,7 +22,10 @@ Call = Callable[[], None]
 
 @cache
 def find_out_variant(name: str) -> OpOverload | None:
-    """The overload of `name` that takes its results as arguments; None where there is none."""
+    """The overload of `name` that takes its results as arguments; None where there is none.
+
+    One that PyTorch generates from `name` is none: it computes results of its own and copies them.
+    """
     try:
         overload = find_overload(name)
     except IRError:
@@ -32,6 +35,8 @@ def find_out_variant(name: str) -> OpOverload | None:
     for candidate_name in packet.overloads():
         candidate: OpOverload[..., Any] = getattr(packet, candidate_name)
         has_out = any(a.is_out for a in candidate._schema.arguments)
+        if torch.Tag.generated in candidate.tags:
+            continue
         if has_out and _plain_arguments(candidate) == wanted:
             return candidate
     return None
