@@ -35,6 +35,7 @@ class ChunkLoss(Pass):
     Attributes:
         chunk_bytes: bytes of one chunk's logits, as f32, where the other limits allow it.
         min_rows: every chunk but the last has at least so many rows.
+        min_chunks: there are at least so many chunks, where each has enough rows.
         max_chunks: there are at most so many chunks.
         min_bytes: logits of fewer bytes, as f32, stay whole.
 
@@ -42,67 +43,68 @@ class ChunkLoss(Pass):
 
         func @f {
           parameter %w: f32[64,4096] "w"
-          batch %x: f32[2048,64] "x"
-          batch %t: i64[2048] "t"
-          %logits: f32[2048,4096] = aten.mm.default(%x, %w)
-          %p: f32[2048,4096] = aten._log_softmax.default(%logits) {dim=1, half_to_float=false}
+          batch %x: f32[256,64] "x"
+          batch %t: i64[256] "t"
+          %logits: f32[256,4096] = aten.mm.default(%x, %w)
+          %p: f32[256,4096] = aten._log_softmax.default(%logits) {dim=1, half_to_float=false}
           %l: f32[], %n: f32[] = aten.nll_loss_forward.default(%p, %t, _) {reduction=2, ignore_index=-1}
           return l=%l
         }
 
-    After (1024 rows at a time, the targets' part once for all):
+    After (128 rows at a time, the targets' part once for all):
 
         func @f {
           parameter %w: f32[64,4096] "w"
-          batch %x: f32[2048,64] "x"
-          batch %t: i64[2048] "t"
+          batch %x: f32[256,64] "x"
+          batch %t: i64[256] "t"
           %l.8: i32[4096] = aten.arange.start_step() {start=0, end=4096, dtype=i32}
-          %l.9: i32[2048] = aten._to_copy.default(%t) {dtype=i32}
-          %l.10: i32[2048,1] = aten.view.default(%l.9) {size=[2048, 1]}
-          %x.1: f32[1024,64] = aten.slice.Tensor(%x) {start=0, end=1024}
-          %logits.1: f32[1024,4096] = aten.mm.default(%x.1, %w)
-          %p.1.1: f32[1024,1] = aten.amax.default(%logits.1) {dim=[1], keepdim=true}
-          %p.2.1: f32[1024,4096] = aten.sub.Tensor(%logits.1, %p.1.1)
-          %p.3.1: f32[1024,4096] = aten.exp.default(%p.2.1)
-          %p.4.1: f32[1024,1] = aten.sum.dim_IntList(%p.3.1) {dim=[1], keepdim=true}
-          %l.10.1: i32[1024,1] = aten.slice.Tensor(%l.10) {start=0, end=1024}
-          %l.11.1: bool[1024,4096] = aten.ne.Tensor(%l.8, %l.10.1)
-          %l.12.1: f32[1024,4096] = aten.masked_fill.Scalar(%p.2.1, %l.11.1) {value=0.0}
-          %l.13.1: f32[1024,1] = aten.sum.dim_IntList(%l.12.1) {dim=[1], keepdim=true}
-          %x.2: f32[1024,64] = aten.slice.Tensor(%x) {start=1024, end=2048}
-          %logits.2: f32[1024,4096] = aten.mm.default(%x.2, %w)
-          %p.1.2: f32[1024,1] = aten.amax.default(%logits.2) {dim=[1], keepdim=true}
-          %p.2.2: f32[1024,4096] = aten.sub.Tensor(%logits.2, %p.1.2)
-          %p.3.2: f32[1024,4096] = aten.exp.default(%p.2.2)
-          %p.4.2: f32[1024,1] = aten.sum.dim_IntList(%p.3.2) {dim=[1], keepdim=true}
-          %l.10.2: i32[1024,1] = aten.slice.Tensor(%l.10) {start=1024, end=2048}
-          %l.11.2: bool[1024,4096] = aten.ne.Tensor(%l.8, %l.10.2)
-          %l.12.2: f32[1024,4096] = aten.masked_fill.Scalar(%p.2.2, %l.11.2) {value=0.0}
-          %l.13.2: f32[1024,1] = aten.sum.dim_IntList(%l.12.2) {dim=[1], keepdim=true}
-          %p.4: f32[2048,1] = aten.cat.default([%p.4.1, %p.4.2])
-          %l.13: f32[2048,1] = aten.cat.default([%l.13.1, %l.13.2])
-          %l.1: bool[2048] = aten.eq.Scalar(%t) {other=-1}
-          %l.2: f32[2048] = aten.full.default() {size=[2048], fill_value=1.0, dtype=f32}
-          %l.3: bool[2048] = aten.lt.Scalar(%t) {other=0}
-          %l.4: bool[2048] = aten.ge.Scalar(%t) {other=4096}
-          %l.5: bool[2048] = aten.logical_or.default(%l.3, %l.4)
-          %l.6: f32[2048] = aten.masked_fill.Scalar(%l.2, %l.5) {value=nan}
-          %l.7: f32[2048] = aten.masked_fill.Scalar(%l.6, %l.1) {value=0.0}
-          %l.14: f32[2048,1] = aten.log.default(%p.4)
-          %l.15: f32[2048,1] = aten.sub.Tensor(%l.13, %l.14)
-          %l.16: f32[2048] = aten.view.default(%l.15) {size=[2048]}
-          %l.17: f32[2048] = aten.neg.default(%l.16)
-          %l.18: f32[2048] = aten.mul.Tensor(%l.17, %l.7)
-          %l.19: f32[2048] = aten.masked_fill.Scalar(%l.18, %l.1) {value=0.0}
+          %l.9: i32[256] = aten._to_copy.default(%t) {dtype=i32}
+          %l.10: i32[256,1] = aten.view.default(%l.9) {size=[256, 1]}
+          %x.1: f32[128,64] = aten.slice.Tensor(%x) {start=0, end=128}
+          %logits.1: f32[128,4096] = aten.mm.default(%x.1, %w)
+          %p.1.1: f32[128,1] = aten.amax.default(%logits.1) {dim=[1], keepdim=true}
+          %p.2.1: f32[128,4096] = aten.sub.Tensor(%logits.1, %p.1.1)
+          %p.3.1: f32[128,4096] = aten.exp.default(%p.2.1)
+          %p.4.1: f32[128,1] = aten.sum.dim_IntList(%p.3.1) {dim=[1], keepdim=true}
+          %l.10.1: i32[128,1] = aten.slice.Tensor(%l.10) {start=0, end=128}
+          %l.11.1: bool[128,4096] = aten.ne.Tensor(%l.8, %l.10.1)
+          %l.12.1: f32[128,4096] = aten.masked_fill.Scalar(%p.2.1, %l.11.1) {value=0.0}
+          %l.13.1: f32[128,1] = aten.sum.dim_IntList(%l.12.1) {dim=[1], keepdim=true}
+          %x.2: f32[128,64] = aten.slice.Tensor(%x) {start=128, end=256}
+          %logits.2: f32[128,4096] = aten.mm.default(%x.2, %w)
+          %p.1.2: f32[128,1] = aten.amax.default(%logits.2) {dim=[1], keepdim=true}
+          %p.2.2: f32[128,4096] = aten.sub.Tensor(%logits.2, %p.1.2)
+          %p.3.2: f32[128,4096] = aten.exp.default(%p.2.2)
+          %p.4.2: f32[128,1] = aten.sum.dim_IntList(%p.3.2) {dim=[1], keepdim=true}
+          %l.10.2: i32[128,1] = aten.slice.Tensor(%l.10) {start=128, end=256}
+          %l.11.2: bool[128,4096] = aten.ne.Tensor(%l.8, %l.10.2)
+          %l.12.2: f32[128,4096] = aten.masked_fill.Scalar(%p.2.2, %l.11.2) {value=0.0}
+          %l.13.2: f32[128,1] = aten.sum.dim_IntList(%l.12.2) {dim=[1], keepdim=true}
+          %p.4: f32[256,1] = aten.cat.default([%p.4.1, %p.4.2])
+          %l.13: f32[256,1] = aten.cat.default([%l.13.1, %l.13.2])
+          %l.1: bool[256] = aten.eq.Scalar(%t) {other=-1}
+          %l.2: f32[256] = aten.full.default() {size=[256], fill_value=1.0, dtype=f32}
+          %l.3: bool[256] = aten.lt.Scalar(%t) {other=0}
+          %l.4: bool[256] = aten.ge.Scalar(%t) {other=4096}
+          %l.5: bool[256] = aten.logical_or.default(%l.3, %l.4)
+          %l.6: f32[256] = aten.masked_fill.Scalar(%l.2, %l.5) {value=nan}
+          %l.7: f32[256] = aten.masked_fill.Scalar(%l.6, %l.1) {value=0.0}
+          %l.14: f32[256,1] = aten.log.default(%p.4)
+          %l.15: f32[256,1] = aten.sub.Tensor(%l.13, %l.14)
+          %l.16: f32[256] = aten.view.default(%l.15) {size=[256]}
+          %l.17: f32[256] = aten.neg.default(%l.16)
+          %l.18: f32[256] = aten.mul.Tensor(%l.17, %l.7)
+          %l.19: f32[256] = aten.masked_fill.Scalar(%l.18, %l.1) {value=0.0}
           %l: f32[] = aten.sum.default(%l.19)
           return l=%l
         }
     """  # noqa: E501  (IR text)
 
-    chunk_bytes: int = 16 << 20
+    chunk_bytes: int = 8 << 20
     min_rows: int = 128
+    min_chunks: int = 4
     max_chunks: int = 32
-    min_bytes: int = 8 << 20
+    min_bytes: int = 2 << 20
 
     numerics: ClassVar[Numerics] = Numerics.REASSOCIATING
 
@@ -144,7 +146,8 @@ class ChunkLoss(Pass):
         """How many units of rows one chunk has; all chunks are of about one size."""
         rows, classes = product.result.type.static_shape
         most = max(1, self.chunk_bytes // (F32 * classes))
-        chunks = min(-(-rows // most), self.max_chunks, rows // self.min_rows, region.units)
+        wanted = max(-(-rows // most), self.min_chunks)
+        chunks = min(wanted, self.max_chunks, rows // self.min_rows, region.units)
         return -(-region.units // max(1, chunks))
 
 

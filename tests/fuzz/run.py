@@ -175,7 +175,7 @@ def build_with(backend: str, passes: Sequence[Pass]) -> Callable[[Function], Exe
 
 def small_pipeline() -> list[Pass]:
     """The default one, with limits that the sizes of random programs reach."""
-    chunks = ChunkLoss(chunk_bytes=64, min_rows=1, max_chunks=3, min_bytes=0)
+    chunks = ChunkLoss(chunk_bytes=64, min_rows=1, min_chunks=1, max_chunks=3, min_bytes=0)
     return [chunks if isinstance(p, ChunkLoss) else p for p in default_pipeline()]
 
 

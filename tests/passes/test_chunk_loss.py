@@ -21,7 +21,7 @@ from shoestring.runtime.step import Step
 
 from .training import Loss, train_both
 
-SMALL = ChunkLoss(chunk_bytes=1, min_rows=2, min_bytes=0)
+SMALL = ChunkLoss(chunk_bytes=1, min_rows=2, min_chunks=1, min_bytes=0)
 
 
 class Model(nn.Module):
@@ -227,7 +227,13 @@ def test_gradient_that_depends_on_the_loss() -> None:
 def test_small_logits() -> None:
     batch = tokens_and_targets()
     report = report_of(compiled(Model(), cross_entropy(), batch, passes=None), batch)
-    assert "the logits take less than 8388608 B" in report
+    assert "the logits take less than 2097152 B" in report
+
+
+def test_by_default_there_are_four_chunks_of_logits_that_fit_into_one() -> None:
+    batch = torch.randint(0, 1200, (512,)), torch.randint(0, 1200, (512,))
+    step = compiled(Model(1200), cross_entropy(), batch, passes=None)
+    assert "512 rows of 1200 logits in 4 chunks of 128" in report_of(step, batch)
 
 
 def test_one_sequence_cut_inside() -> None:
