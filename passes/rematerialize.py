@@ -15,6 +15,7 @@ from .liveness import measure, size_of, storage_roots
 CHEAP = frozenset({Kind.POINTWISE, Kind.VIEW, Kind.CREATION})
 # Also cheap, though not elementwise: each is one pass over memory.
 ONE_PASS = frozenset({"aten.native_layer_norm.default", "aten.index.Tensor"})
+KEPT_INSTEAD = 4  # members of a group that may be kept instead of what all depend on
 LATER = frozenset({Phase.BACKWARD, Phase.RECOMPUTE, Phase.UPDATE})
 
 
@@ -137,13 +138,20 @@ class _Plan:
         return groups, far
 
     def decide(self, members: list[Value]) -> list[Value]:
-        """All members of a group that depends on the same inputs, or none."""
+        """All members of a group that depends on the same inputs, or none, or all but one.
+
+        The one is kept instead of the inputs where that takes no more memory: a sum, of which a
+        norm is computed again, instead of its summands.
+        """
         open_ = [v for v in members if self.roots[v] not in self.available]
-        needed: set[Value] = set()
-        for v in open_:
-            needed.update(self.needs(v) or ())
-        gain = sum(size_of(r.type) for r in {self.roots[v] for v in open_} - needed)
-        if sum(size_of(v.type) for v in needed) < gain:
+        needed = self.needed_by(open_)
+        for v in open_[:KEPT_INSTEAD]:
+            rest = [o for o in open_ if self.roots[o] is not self.roots[v]]
+            with_it = self.needed_by(rest, kept=self.roots[v]) | {self.roots[v]}
+            if rest and needed and self.bytes_of(with_it) <= self.bytes_of(needed):
+                self.keep([v], "others are computed again from it")
+                return self.decide(rest)
+        if self.bytes_of(needed) < self.bytes_of({self.roots[v] for v in open_} - needed):
             self.available |= needed
             return open_
         self.keep(open_, "its inputs take as much memory and nobody else keeps them")
@@ -154,6 +162,18 @@ class _Plan:
             self.available.add(self.roots[v])
             op = self.function.producer(v)
             self.report.skip(reason, op.loc if op is not None else Loc())
+
+    def needed_by(self, values: Iterable[Value], kept: Value | None = None) -> set[Value]:
+        """What must be kept in order to compute all of them again, if `kept` is alive too."""
+        before = self.available
+        if kept is not None:
+            self.available = before | {kept}
+        needed = {n for v in values for n in self.needs(v) or ()}
+        self.available = before
+        return needed
+
+    def bytes_of(self, values: Iterable[Value]) -> int:
+        return sum(size_of(v.type) for v in values)
 
     def needs(self, v: Value) -> frozenset[Value] | None:
         """Storage that must be kept in order to compute a value again; None where it is too far."""
