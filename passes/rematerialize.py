@@ -145,10 +145,13 @@ class _Plan:
         """
         open_ = [v for v in members if self.roots[v] not in self.available]
         needed = self.needed_by(open_)
-        for v in open_[:KEPT_INSTEAD]:
-            rest = [o for o in open_ if self.roots[o] is not self.roots[v]]
-            with_it = self.needed_by(rest, kept=self.roots[v]) | {self.roots[v]}
-            if rest and needed and self.bytes_of(with_it) <= self.bytes_of(needed):
+        for v in open_[:KEPT_INSTEAD] if needed else ():
+            root = self.roots[v]
+            rest = [o for o in open_ if self.roots[o] is not root]
+            self.available.add(root)
+            with_it = self.needed_by(rest) | {root}
+            self.available.remove(root)
+            if rest and self.bytes_of(with_it) <= self.bytes_of(needed):
                 self.keep([v], "others are computed again from it")
                 return self.decide(rest)
         if self.bytes_of(needed) < self.bytes_of({self.roots[v] for v in open_} - needed):
@@ -163,14 +166,9 @@ class _Plan:
             op = self.function.producer(v)
             self.report.skip(reason, op.loc if op is not None else Loc())
 
-    def needed_by(self, values: Iterable[Value], kept: Value | None = None) -> set[Value]:
-        """What must be kept in order to compute all of them again, if `kept` is alive too."""
-        before = self.available
-        if kept is not None:
-            self.available = before | {kept}
-        needed = {n for v in values for n in self.needs(v) or ()}
-        self.available = before
-        return needed
+    def needed_by(self, values: Iterable[Value]) -> set[Value]:
+        """What must be kept in order to compute all of them again."""
+        return {n for v in values for n in self.needs(v) or ()}
 
     def bytes_of(self, values: Iterable[Value]) -> int:
         return sum(size_of(v.type) for v in values)
