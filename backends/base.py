@@ -26,7 +26,11 @@ class Executable(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """Compiles functions for one target."""
+    """Compiles functions for one target.
+
+    It may also have `prepare()`, called before the program is captured, to begin with what does not
+    depend on the program.
+    """
 
     @property
     def name(self) -> str:

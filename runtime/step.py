@@ -90,6 +90,9 @@ class _Compiled:
 
     def build(self, capture: Callable[[], Captured], arguments: Any) -> Program:
         """Captures, optimizes and compiles one program."""
+        prepare = getattr(self._backend, "prepare", None)
+        if prepare is not None:
+            prepare()
         with collector_paused():
             return self._build(capture, arguments)
 

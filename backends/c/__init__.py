@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from shoestring.ir import Function
 
-from .build import build
+from .build import build, build_runtime_ahead
 from .executable import CExecutable, CompileInfo, Fallback
 from .lower import KernelInfo, lower
 
@@ -27,6 +27,10 @@ class CBackend:
     name: str = "c"
     fuse: bool = True
     measure: bool = True
+
+    def prepare(self) -> None:
+        """Begins to build, beside the capture, what every program is linked with."""
+        build_runtime_ahead()
 
     def compile(self, function: Function) -> CExecutable:
         """The function, with its kernels built (or taken from the cache) and memory planned.

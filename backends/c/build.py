@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,6 +42,7 @@ HEADERS = (
 # Written by hand, compiled once for a machine and linked to every library.
 RUNTIME = ("gemm.c", "frame.c", "attention.c", "pool.c", "trial.c", "run.c")
 JOBS = max(2, os.cpu_count() or 1)
+_RUNTIME_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,27 @@ def build(sources: Sequence[str]) -> Build:
     return _cached(_key(compiler, texts), "kernels.so", make)
 
 
+def build_runtime_ahead() -> threading.Thread:
+    """Begins to build what is written by hand; a `build` meanwhile waits for it.
+
+    What fails here fails again in `build`, which reports it.
+    """
+
+    def work() -> None:
+        with contextlib.suppress(Exception):
+            _runtime(find_compiler())
+
+    thread = threading.Thread(target=work, name="shoestring-runtime")
+    thread.start()
+    return thread
+
+
 def _runtime(compiler: str) -> list[str]:
     """Paths of the objects of everything that is written by hand."""
     texts = {name: (HERE / name).read_text() for name in RUNTIME}
     last = f"{Path(RUNTIME[-1]).stem}.o"
-    built = _cached(_key(compiler, texts), last, lambda work: _compile(compiler, texts, work))
+    with _RUNTIME_LOCK:
+        built = _cached(_key(compiler, texts), last, lambda work: _compile(compiler, texts, work))
     return [str(built.source / f"{Path(name).stem}.o") for name in RUNTIME]
 
 

@@ -17,6 +17,7 @@ from shoestring.backends.c.build import (
     HERE,
     RUNTIME,
     build,
+    build_runtime_ahead,
     find_compiler,
 )
 from shoestring.backends.matrix import Support, matrix, matrix_text
@@ -47,6 +48,20 @@ def test_second_build_comes_from_the_cache() -> None:
     twice = ctypes.CDLL(str(first.path)).twice
     twice.restype = ctypes.c_float
     assert twice(ctypes.c_float(1.5)) == 3.0
+
+
+def test_what_is_built_ahead_is_built_once(cache: Path) -> None:
+    ahead = build_runtime_ahead()
+    build([SOURCE])
+    ahead.join()
+    assert len(list(cache.glob("*/*/gemm.o"))) == 1
+
+
+def test_what_fails_ahead_is_reported_by_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    build_runtime_ahead().join()
+    with pytest.raises(BackendError, match="SS4201"):
+        build([SOURCE])
 
 
 @pytest.mark.parametrize("damage", ["truncate", "garbage", "remove"])
