@@ -244,9 +244,9 @@ WORKLOADS: dict[str, Callable[[bool], Workload]] = {
 }
 
 
-def shake(model: nn.Module) -> None:
+def shake(model: nn.Module, seed: int = 0) -> None:
     """Moves each weight by one unit in the last place, up, down or not at all."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             way = torch.randint(-1, 2, p.shape, generator=generator)

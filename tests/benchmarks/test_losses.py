@@ -36,6 +36,7 @@ def test_limits() -> None:
     assert not Outcome("mlp", 200, Exact(5e-3, 1e-7, 2e-3, 1.0), inside).holds
     assert not Outcome("mlp", 200, fine.fp32, Band(1, 10, 0.1)).holds
     assert "| mlp" in table([fine]) and "0 of 10" in table([fine])
+    assert "1.0e-06 of 3" in table([Outcome("mlp", 200, Exact(1e-5, 1e-7, 1e-6, 1.0, shakes=3))])
 
 
 def test_a_page_keeps_what_was_not_measured_again(tmp_path: Path) -> None:
@@ -53,4 +54,4 @@ def test_a_short_run() -> None:
     outcome = measure("mlp", Options(steps=6, window=3, tiny=True))
     assert outcome.holds and outcome.bf16 is not None and outcome.bf16.windows == 2
     assert outcome.fp32 is not None and outcome.fp32.last == pytest.approx(2.4, abs=0.3)
-    assert measure("mlp", Options(precisions=("fp32",), steps=2, tiny=True)).bf16 is None
+    assert measure("mlp", Options(precisions=("fp32",), steps=2, shakes=2, tiny=True)).bf16 is None
