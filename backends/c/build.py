@@ -10,10 +10,11 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 from shoestring.ir.errors import BackendError
@@ -39,10 +40,12 @@ HEADERS = (
     "attention_kernel.h",
     "run.h",
 )
-# Written by hand, compiled once for a machine and linked to every library.
-RUNTIME = ("gemm.c", "frame.c", "attention.c", "pool.c", "trial.c", "run.c")
+# Written by hand, compiled once for a machine: what every library is linked with, and what those
+# are whose sources include a header.
+RUNTIME = ("gemm.c", "frame.c", "pool.c", "trial.c", "run.c")
+RUNTIME_OF = {"attention.h": ("attention.c",)}
 JOBS = max(2, os.cpu_count() or 1)
-_RUNTIME_LOCK = threading.Lock()
+_LOCKS = {files: threading.Lock() for files in (RUNTIME, *RUNTIME_OF.values())}
 
 
 @dataclass(frozen=True)
@@ -140,35 +143,43 @@ def build(sources: Sequence[str]) -> Build:
 
     def make(work: Path) -> None:
         with ThreadPoolExecutor(JOBS) as pool:
-            objects = pool.submit(_runtime, compiler)
+            parts = [pool.submit(_objects, compiler, files) for files in runtime_of(sources)]
             _compile(compiler, texts, work)
-        _link(compiler, [*(f"{Path(name).stem}.o" for name in texts), *objects.result()], work)
+        objects = [path for part in parts for path in part.result()]
+        _link(compiler, [*(f"{Path(name).stem}.o" for name in texts), *objects], work)
 
     return _cached(_key(compiler, texts), "kernels.so", make)
 
 
 def build_runtime_ahead() -> threading.Thread:
-    """Begins to build what is written by hand; a `build` meanwhile waits for it.
+    """Begins to build what every library is linked with; a `build` meanwhile waits for it.
 
     What fails here fails again in `build`, which reports it.
     """
 
     def work() -> None:
         with contextlib.suppress(Exception):
-            _runtime(find_compiler())
+            _objects(find_compiler(), RUNTIME)
 
     thread = threading.Thread(target=work, name="shoestring-runtime")
     thread.start()
     return thread
 
 
-def _runtime(compiler: str) -> list[str]:
-    """Paths of the objects of everything that is written by hand."""
-    texts = {name: (HERE / name).read_text() for name in RUNTIME}
-    last = f"{Path(RUNTIME[-1]).stem}.o"
-    with _RUNTIME_LOCK:
+def runtime_of(sources: Iterable[str]) -> list[tuple[str, ...]]:
+    """The files written by hand that the sources are linked with, in parts that are built together."""
+    texts = list(sources)
+    used = [f for header, f in RUNTIME_OF.items() if any(f'"{header}"' in t for t in texts)]
+    return [RUNTIME, *used]
+
+
+def _objects(compiler: str, files: tuple[str, ...]) -> list[str]:
+    """Paths of the objects of one part of what is written by hand."""
+    texts = {name: (HERE / name).read_text() for name in files}
+    last = f"{Path(files[-1]).stem}.o"
+    with _LOCKS[files]:
         built = _cached(_key(compiler, texts), last, lambda work: _compile(compiler, texts, work))
-    return [str(built.source / f"{Path(name).stem}.o") for name in RUNTIME]
+    return [str(built.source / f"{Path(name).stem}.o") for name in files]
 
 
 def _cached(key: str, product: str, make: Callable[[Path], None]) -> Build:
@@ -204,7 +215,8 @@ def machine_key() -> str:
 
 
 def _key(compiler: str, texts: Mapping[str, str]) -> str:
-    ours = [(HERE / name).read_text() for name in (*HEADERS, *RUNTIME)]
+    names = (*HEADERS, *chain(*_LOCKS))
+    ours = [(HERE / name).read_text() for name in names]
     parts = [*texts.values(), *ours, *flags(), compiler_version(compiler), cpu_identity()]
     digest = hashlib.sha256()
     for part in parts:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoestring.backends.c.build import HERE, RUNTIME
+from shoestring.backends.c.build import HERE, runtime_of
 from shoestring.backends.c.lower import Lowered, lower
 from shoestring.backends.instructions import CallKernel, Region, Space
 from shoestring.ir import interpret, parse
@@ -126,7 +126,8 @@ def emulated(lowered: Lowered, given: list[torch.Tensor], folder: Path) -> bytes
     for index, source in enumerate(lowered.sources):
         (folder / f"kernels{index}.c").write_text(source)
     (folder / "main.c").write_text(main_text(lowered, [t.nbytes for t in given]))
-    files = [*(str(HERE / name) for name in RUNTIME), *map(str, folder.glob("*.c"))]
+    written = [str(HERE / name) for part in runtime_of(lowered.sources) for name in part]
+    files = [*written, *map(str, folder.glob("*.c"))]
     command = [COMPILER, *FLAGS, "-I", str(HERE), *files, "-o", "program", "-lm"]
     subprocess.run(command, cwd=folder, check=True)
     data = b"".join(raw(t) for t in given)

@@ -15,7 +15,6 @@ from shoestring.backends.c import CBackend
 from shoestring.backends.c.build import (
     HEADERS,
     HERE,
-    RUNTIME,
     build,
     build_runtime_ahead,
     find_compiler,
@@ -54,6 +53,15 @@ def test_what_is_built_ahead_is_built_once(cache: Path) -> None:
     ahead = build_runtime_ahead()
     build([SOURCE])
     ahead.join()
+    assert len(list(cache.glob("*/*/gemm.o"))) == 1
+
+
+def test_only_what_a_program_calls_is_linked(cache: Path) -> None:
+    build([SOURCE])
+    assert not list(cache.glob("*/*/attention.o"))
+    call = '#include "attention.h"\nvoid *f(void) { return (void *)ss_attention_forward; }\n'
+    build([SOURCE, call])
+    assert len(list(cache.glob("*/*/attention.o"))) == 1
     assert len(list(cache.glob("*/*/gemm.o"))) == 1
 
 
@@ -119,7 +127,7 @@ def test_numbers_are_part_of_the_key() -> None:
     assert two.run([x])[0].tolist() == [2, 2, 2]
     assert three.run([x])[0].tolist() == [3, 3, 3]
     assert not three.info.cache_hit
-    assert all((HERE / name).exists() for name in (*HEADERS, *RUNTIME))
+    assert all((HERE / name).exists() for name in HEADERS)
 
 
 def test_facts_of_an_executable() -> None:
