@@ -22,7 +22,7 @@ from .opdef import Cost, FactorMap, Kind, OpDef
 from .ops import REGISTRY, core_set, lookup
 from .python_dump import print_python
 from .text import parse, print_function, print_op
-from .tracing import Tracer, trace
+from .tracing import Recording, Tracer, trace
 from .types import (
     DENSE,
     DTYPE_NAMES,
@@ -56,6 +56,7 @@ __all__ = [
     "Output",
     "Param",
     "Phase",
+    "Recording",
     "Role",
     "Sharding",
     "Symbol",

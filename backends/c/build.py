@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -46,6 +47,7 @@ HEADERS = (
 RUNTIME = ("gemm.c", "frame.c", "pool.c", "trial.c", "run.c")
 RUNTIME_OF = {"attention.h": ("attention.c",)}
 JOBS = max(2, os.cpu_count() or 1)
+_COMMENT = re.compile(r"^[ \t]*//.*\n", re.MULTILINE)
 _LOCKS = {files: threading.Lock() for files in (RUNTIME, *RUNTIME_OF.values())}
 
 
@@ -133,7 +135,8 @@ def flags() -> tuple[str, ...]:
 
 
 def build(sources: Sequence[str]) -> Build:
-    """The sources as one shared library, built unless the cache has it.
+    """The sources as one shared library, built unless the cache has it or one of equal code: lines
+    of comments, which name the user's lines, are not part of its key.
 
     Raises:
         BackendError: SS4201 without a compiler, SS4202 where the C does not compile, SS4203 where
@@ -149,7 +152,8 @@ def build(sources: Sequence[str]) -> Build:
         objects = [path for part in parts for path in part.result()]
         _link(compiler, [*(f"{Path(name).stem}.o" for name in texts), *objects], work)
 
-    return _cached(_key(compiler, texts), "kernels.so", make)
+    code = {name: _COMMENT.sub("", text) for name, text in texts.items()}
+    return _cached(_key(compiler, code), "kernels.so", make)
 
 
 def build_runtime_ahead() -> threading.Thread:
@@ -168,7 +172,7 @@ def build_runtime_ahead() -> threading.Thread:
 
 
 def runtime_of(sources: Iterable[str]) -> list[tuple[str, ...]]:
-    """The files written by hand that the sources are linked with, in parts that are built together."""
+    """The hand-written files that the sources are linked with, in parts that are built together."""
     texts = list(sources)
     used = [f for header, f in RUNTIME_OF.items() if any(f'"{header}"' in t for t in texts)]
     return [RUNTIME, *used]

@@ -63,6 +63,7 @@ class Unit:
         reduces_all: whether a reduction goes from `full` to `none`.
         product: the matrix product whose epilogue the other nodes are.
         axes: its loops, as they were when all of them were checked.
+        places: where it must run (`Placement.of`); nodes of several places share no kernel.
         last: its last node, in program order.
         latest: the last node of all that it depends on, itself included.
     """
@@ -76,6 +77,7 @@ class Unit:
     reduces_all: bool = False
     inputs: set[int] = field(default_factory=set[int])
     users: set[int] = field(default_factory=set[int])
+    places: set[int] = field(default_factory=set[int])
     last: int = 0
     latest: int = 0
     product: Placed | None = None
@@ -127,6 +129,7 @@ class Grouping:
         node = placed.node
         unit = Unit(node.index, [placed], library, last=node.index, latest=node.index)
         unit.product = placed if node.work is Work.PRODUCT else None
+        unit.places = self.placement.of(node)
         producers = (r.base.node for r in node.refs)
         unit.inputs = {self.unit_of[n] for n in producers if n is not None}
         for i in unit.inputs:
@@ -168,9 +171,7 @@ class Grouping:
             return
         if (a.product and b.product) or ((a.product or b.product) and (a.reduces or b.reduces)):
             return
-        if self._comes_back(a, b) or self._waits(a, b):
-            return
-        if len(self.placement.of_unit(p.node for p in (*a.nodes, *b.nodes))) > 1:
+        if len(a.places | b.places) > 1 or self._comes_back(a, b) or self._waits(a, b):
             return
         mark = self.atoms.mark()
         tied = all(self.atoms.tie(*pair) for pair in tie)
@@ -241,17 +242,14 @@ class Grouping:
 
     def _tie_all(self, a: Unit, b: Unit) -> bool:
         """Ties every operand that one unit reads from the other; in a kernel none is in memory."""
-        for reader in (*a.nodes, *b.nodes):
-            home = self.unit_of[reader.node]
-            for ref in reader.node.refs:
-                producer = ref.base.node
-                if producer is None or self.unit_of[producer] in (home,):
-                    continue
-                if self.unit_of[producer] not in (a.index, b.index):
-                    continue
-                if reads_whole(reader.node) or not self._tie(ref, self.placed[producer], reader):
-                    return False
-        return True
+        return all(
+            not reads_whole(reader.node) and self._tie(ref, self.placed[ref.base.node], reader)
+            for unit, other in ((a, b), (b, a))
+            if other.index in map(self._current, unit.inputs)
+            for reader in unit.nodes
+            for ref in reader.node.refs
+            if ref.base.node is not None and self.unit_of[ref.base.node] == other.index
+        )
 
     def _tie_rest(self, a: Unit, b: Unit) -> bool:
         """Ties loops that only one of the two has, where they are as many: any order will do.
@@ -305,6 +303,7 @@ class Grouping:
         a.nodes = sorted((*a.nodes, *b.nodes), key=lambda p: p.node.index)
         a.inputs = {self._current(i) for i in a.inputs | b.inputs} - {a.index, b.index}
         a.users = {self._current(i) for i in a.users | b.users} - {a.index, b.index}
+        a.places |= b.places
         a.last = max(a.last, b.last)
         self._delay(a, b.latest)
         a.product = a.product or b.product

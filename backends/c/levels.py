@@ -60,11 +60,31 @@ def join(atoms: Atoms, a: Unit, b: Unit) -> Levels | None:
         return Levels(full, partial[0] if partial else None, None, reduces_all)
     if len(partial[0]) + len(partial[1]) != len(full) or set(partial[0]) & set(partial[1]):
         return None
+    orders = (partial, partial[::-1])
     nodes = [*a.nodes, *b.nodes]
-    for columns, rows in (partial, partial[::-1]):
+    for columns, rows in orders:
+        if _follows_columns(atoms, a, b, columns):
+            return Levels(full, rows, columns, False)
+    for columns, rows in orders:
         if is_columns(atoms, nodes, columns, full):
             return Levels(full, rows, columns, False)
     return None
+
+
+def _follows_columns(atoms: Atoms, a: Unit, b: Unit, level: Run) -> bool:
+    """Whether the level is that of the sums of `a`, and all that `b` does is to go on with them.
+
+    Then `is_columns` holds as it did for `a` alone, and need not look at every node again.
+    """
+    loops = set(level)
+    if a.columns is None or set(atoms.resolve(a.columns)) != loops:
+        return False
+    if any(p.node.work is not Work.POINTWISE for p in b.nodes):
+        return False
+    made = {out for p in b.nodes for out in p.node.outs}
+    return all(set(atoms.resolve(p.loops)) == loops for p in b.nodes) and not any(
+        ref.base in made for p in a.nodes for ref in p.node.refs
+    )
 
 
 def _partial_levels(atoms: Atoms, units: Sequence[Unit], whole: set[int]) -> list[Run] | None:

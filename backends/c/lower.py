@@ -268,14 +268,14 @@ class _Emitter:
     # -- source --------------------------------------------------------------------------------
 
     def sources(self) -> list[str]:
-        """The kernels as C files of about equal length."""
-        if not self.names:
-            return []
-        texts = [self._function(body, name) for body, name in self.names.items()]
-        count = min(SOURCE_FILES, len(texts))
-        parts: list[list[str]] = [[] for _ in range(count)]
-        for text in texts:
-            min(parts, key=lambda part: sum(map(len, part))).append(text)
+        """The kernels as C files of about equal length, comments not counted: those change with
+        every line that the user adds."""
+        parts: list[list[str]] = [[] for _ in range(min(SOURCE_FILES, len(self.names)))]
+        lengths = [0] * len(parts)
+        for body, name in self.names.items():
+            shortest = lengths.index(min(lengths))
+            parts[shortest].append(self._function(body, name))
+            lengths[shortest] += len(body)
         return [_file("\n".join(part)) for part in parts]
 
     def _function(self, body: str, name: str) -> str:

@@ -39,6 +39,8 @@ class Placement:
         self.depth: dict[Node, int] = {}
         for node in work.nodes:
             self.depth[node] = self._depth(node)
+        # Where a reader is: its depth, until its place is found.
+        self.needed = dict(self.depth)
         self.leads_on: dict[Node, bool] = {}
         self.place: dict[Node, int] = {}
         for node in reversed(work.nodes):
@@ -56,14 +58,17 @@ class Placement:
         epilogue = self.epilogue[product]
         return reader in epilogue or not (maker is product or maker in epilogue)
 
-    def of_unit(self, nodes: Iterable[Node]) -> set[int]:
-        """The places that the nodes of a kernel are bound to; small ones go anywhere."""
-        return {self.place[n] for n in nodes if _numel(n) > SMALL}
+    def of(self, node: Node) -> set[int]:
+        """The place that a node of a kernel is bound to; a small one goes anywhere."""
+        return {self.place[node]} if _numel(node) > SMALL else set()
 
     def _find_places(self, work: WorkList) -> None:
         self.place = {}
+        self.needed.update(self.depth)
         for node in reversed(work.nodes):
             self.place[node] = self._place(node)
+            if not _is_barrier(node):
+                self.needed[node] = self.place[node]
 
     # -- early or late -------------------------------------------------------------------------
 
@@ -99,7 +104,7 @@ class Placement:
         """
         readers = self._readers_of(node)
         last = [self.depth[r] for r in readers if _is_barrier(r) and not self.leads_on[r]]
-        others = [self._needed(r) for r in readers if not _is_barrier(r) or self.leads_on[r]]
+        others = [self.needed[r] for r in readers if not _is_barrier(r) or self.leads_on[r]]
         waits = bool(others) or node in self.beside
         return min([*others, *(d + waits for d in last)], default=0)
 
@@ -119,16 +124,11 @@ class Placement:
         """Whether a call or a product depends on it."""
         return any(_is_barrier(r) or self.leads_on[r] for r in self._readers_of(node))
 
-    def _needed(self, reader: Node) -> int:
-        if _is_barrier(reader):
-            return self.depth[reader]
-        return self.place.get(reader, self.depth[reader])
-
     def _dies(self, base: Base, place: int) -> bool:
         """Whether nobody else keeps a value until then."""
         kept = base.param is not None or base.constant is not None or base in self.ends
         readers = self.readers.get(base, ())
-        return not kept and all(self._needed(r) < place for r in readers)
+        return not kept and all([self.needed[r] < place for r in readers])
 
     # -- epilogues -----------------------------------------------------------------------------
 

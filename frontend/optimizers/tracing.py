@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from shoestring.ir import Role, TensorType, Tracer, type_of
+from shoestring.ir import Recording, Role, TensorType, Tracer, type_of
 from shoestring.ir.errors import CaptureError
 
 from ..bindings import Binding, CountBinding, FirstBinding, HyperBinding, MomentBinding
@@ -53,6 +53,7 @@ class Updates:
         rule = rule_of(self.optimizer)
         for index, group in enumerate(self.optimizer.param_groups):
             hyper = Hyper(group, self._numbers(index, group))
+            known: dict[object, Recording] = {}
             for p in group["params"]:
                 if p not in grads:
                     continue
@@ -60,8 +61,27 @@ class Updates:
                 self._check(rule, p, group, sparse=mask is not None)
                 first = self._first(p, index)
                 own = Hyper(group, hyper.tensor, hyper.static, first, mask)
-                rule.update(p, grads[p], self._state(rule, p, index), own)
+                self._update(rule, p, grads[p], self._state(rule, p, index), own, known)
             self.static.update({(index, k): v for k, v in hyper.static.items()})
+
+    def _update(
+        self,
+        rule: Rule,
+        p: torch.Tensor,
+        grad: torch.Tensor,
+        state: State,
+        hyper: Hyper,
+        known: dict[object, Recording],
+    ) -> None:
+        """Updates one parameter: as one before it, where their sizes and types are the same."""
+        tensors = [p, grad, *state.values()]
+        key = self.tracer.layouts(tensors) if hyper.touched is None else None
+        if key in known:
+            self.tracer.replay(known[key], tensors)
+            return
+        made = self.tracer.record(tensors, lambda: rule.update(p, grad, state, hyper))
+        if key is not None and made is not None:
+            known[key] = made
 
     def _check(
         self, rule: Rule, p: torch.Tensor, group: Mapping[str, Any], *, sparse: bool

@@ -17,10 +17,12 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     in_kernel_invocation_manager,
 )
+from torch.utils._python_dispatch import _disable_current_modes as no_modes
 
 from ..function import Operand, Value
 
 Key = tuple[Any, ...]
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,17 @@ class Results:
                 self._views[key] = (layout.shape, layout.stride, int(outcome.storage_offset()))
         return outcome
 
+    def empty(
+        self, shape: tuple[int, ...], stride: tuple[int, ...] | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """A tensor on the CPU without data; in row-major order where no strides are given."""
+        with no_modes():
+            if stride is None:
+                data = torch.empty(shape, dtype=dtype, device="meta")
+            else:
+                data = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            return FakeTensor(self.fake, data, _CPU)
+
     def _view(
         self, base: FakeTensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int
     ) -> torch.Tensor:
@@ -80,7 +93,7 @@ class Results:
     def _key(self, func: OpOverload, args: Any, kwargs: Any) -> Key | None:
         if self.fake.shape_env is not None or torch._C._len_torch_dispatch_stack():  # pyright: ignore[reportPrivateUsage]
             return None
-        key = (func, torch.get_default_dtype(), _facts(args), _facts(tuple(kwargs.items())))
+        key = (func, torch.get_default_dtype(), facts(args), facts(tuple(kwargs.items())))
         try:
             hash(key)
         except TypeError:
@@ -109,7 +122,7 @@ def _type(operand: Operand) -> Any:
     return (type(operand), operand)
 
 
-def _facts(given: Any) -> Any:
+def facts(given: Any) -> Any:
     """Numbers with their types, for 1 == 1.0 == True; tensors by their layout without offset."""
     if isinstance(given, torch.Tensor):
         layout = (given.dtype, tuple(given.shape), given.stride())
@@ -117,7 +130,7 @@ def _facts(given: Any) -> Any:
         device = given.fake_device if isinstance(given, FakeTensor) else given.device
         return (*layout, device, given.is_conj(), given.is_neg())
     if isinstance(given, (list, tuple)):
-        return tuple([_facts(g) for g in given])  # pyright: ignore[reportUnknownVariableType]
+        return tuple([facts(g) for g in given])  # pyright: ignore[reportUnknownVariableType]
     return (type(given), given)  # pyright: ignore[reportUnknownVariableType]
 
 

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as no_modes
 
 from ..errors import CaptureError, ShoestringError
-from ..function import Function, Op, Operand, Output, Param, Role, Value
+from ..function import Function, Op, Operand, Output, Param, Role, Value, map_operand
 from ..interpreter import run_op
 from ..opdef import as_tuple, results_of
 from ..ops import find_overload, lookup, overload_name, split_arguments
@@ -37,6 +37,7 @@ from ..types import TensorType, type_of
 from .aliasing import Record, Step, Storage, read, write
 from .location import Locator, is_own_file, is_user_file
 from .randomness import SAMPLERS
+from .replay import Recording, layouts
 from .results import Results, map_types
 from .special import FAKE_RESULTS, REWRITES
 
@@ -118,6 +119,33 @@ class Tracer(TorchDispatchMode):
     def emit(self, name: str, *operands: Operand, **attrs: Any) -> torch.Tensor:
         """Appends an op of the IR and returns its result as a tensor without data."""
         return self._tensor(self._emit_one(name, *operands, **attrs))
+
+    def layouts(self, tensors: Sequence[torch.Tensor]) -> object | None:
+        """What ops on the tensors depend on; None where some share memory (`replay.layouts`)."""
+        return layouts(tensors, [self._record_of(t) for t in tensors])
+
+    def record(
+        self, tensors: Sequence[torch.Tensor], work: Callable[[], object]
+    ) -> Recording | None:
+        """Does `work`; what it did to the tensors, where the same can be done to others."""
+        start, known = len(self.ops), len(self.params)
+        before = tuple([self.read(t) for t in tensors])
+        work()
+        made = Recording(tuple(self.ops[start:]), before, tuple([self.read(t) for t in tensors]))
+        repeats = made.repeats([self._record_of(t) for t in tensors])
+        return made if repeats and len(self.params) == known else None
+
+    def replay(self, recording: Recording, tensors: Sequence[torch.Tensor]) -> None:
+        """Does the same to other tensors, of equal `layouts`."""
+        new = dict(zip(recording.before, [self.read(t) for t in tensors], strict=True))
+        for op in recording.ops:
+            operands = tuple([map_operand(o, lambda v: new.get(v, v)) for o in op.operands])
+            results = tuple([self._fresh(v.type) for v in op.results])
+            self._add(Op(op.opdef, operands, op.attrs, results, op.loc))
+            new.update(zip(op.results, results, strict=True))
+        for t, before, after in zip(tensors, recording.before, recording.after, strict=True):
+            if after is not before:
+                write(self._record_of(t), new[after], self._emit_one)
 
     def rng_key(self) -> Value:
         """The key parameter of the program's randomness, made when first asked for."""
@@ -425,9 +453,12 @@ class Tracer(TorchDispatchMode):
         if types is None:
             types = self._infer(draft)
         op = Op(opdef, operands, given, tuple(self._fresh(t) for t in types), draft.loc)
+        self._add(op)
+        return op
+
+    def _add(self, op: Op) -> None:
         self.ops.append(op)
         self._producers.update((r, op) for r in op.results)
-        return op
 
     def _infer(self, draft: Op) -> tuple[TensorType, ...]:
         operands = map_types(draft.operands)
@@ -448,8 +479,7 @@ class Tracer(TorchDispatchMode):
         return tensor
 
     def _empty(self, type_: TensorType) -> torch.Tensor:
-        with no_modes(), self.fake:
-            return torch.empty(type_.static_shape, dtype=type_.dtype)
+        return self._results.empty(type_.static_shape, None, type_.dtype)
 
     def _operand(self, given: Any) -> Operand:
         if isinstance(given, torch.Tensor):
@@ -521,8 +551,7 @@ class Tracer(TorchDispatchMode):
             raise self.refusal("SS1011", what, "use plain torch.Tensor parameters and buffers")
         if tensor.layout is not torch.strided:
             raise self.refusal("SS1012", f"a {tensor.layout} tensor is not supported")
-        with no_modes(), self.fake:
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        return self._results.empty(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
     def _to_fake(self, given: Any) -> Any:
         if isinstance(given, torch.Tensor):

@@ -49,6 +49,14 @@ def test_second_build_comes_from_the_cache() -> None:
     assert twice(ctypes.c_float(1.5)) == 3.0
 
 
+def test_comments_are_not_part_of_the_key() -> None:
+    """They name the user's lines, which move."""
+    first = build([SOURCE.replace("float", "// mul, train.py:3\nfloat", 1)])
+    assert build([SOURCE.replace("float", "  // mul, train.py:4\nfloat", 1)]).cache_hit
+    assert not build([SOURCE.replace("x + x", "x - x")]).cache_hit
+    assert "train.py:3" in (first.source / "kernels0.c").read_text()
+
+
 def test_what_is_built_ahead_is_built_once(cache: Path) -> None:
     ahead = build_runtime_ahead()
     build([SOURCE])

@@ -22,7 +22,8 @@ with warnings.catch_warnings():
     from torch.testing._internal.common_optimizers import optim_db
 
 STEPS = 7  # RAdam's variance becomes tractable in step 6
-SHAPES = [(), (0,), (3,), (2, 3)]
+SHAPES = [(), (0,), (3,), (2, 3), (3,)]  # one twice: its update is repeated
+MATRICES = [(2, 3), (4, 3), (4, 3)]
 NOT_PURE = {torch.optim.LBFGS}
 ELSEWHERE = {torch.optim.SparseAdam}  # its gradients are sparse: test_sparse.py
 
@@ -64,7 +65,7 @@ def _pair(config: Config, dtype: torch.dtype, backend: str) -> Pair:
     cls, kwargs = config
     matrices = cls is torch.optim.Muon
     # Adafactor divides by the number of elements, in eager mode as well.
-    shapes = [(2, 3), (4, 3)] if matrices else [s for s in SHAPES if s != (0,) or not _divides(cls)]
+    shapes = MATRICES if matrices else [s for s in SHAPES if s != (0,) or not _divides(cls)]
     model = Shapes(dtype, shapes)
     x = _batch(0, dtype)
     rtol = None
