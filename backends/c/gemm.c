@@ -101,6 +101,7 @@ typedef struct {
 } Tiles;
 
 /* tile[ROWS, COLS] (+)= A[ROWS, units] * panel[units, COLS], the first `vecs` vectors of each row.
+ * Each block of K is summed up by itself: a sum of 8192 terms in one go has several times the error.
  * Rows beyond `rows` repeat the last one. Constants after inlining: vecs, pairs, packed. */
 SS_INLINE void tile_body(const int vecs, const int pairs, const int packed, int add, int64_t units,
                          int64_t rows, Rows a, const float *panel, Tiles tile) {
@@ -110,8 +111,7 @@ SS_INLINE void tile_body(const int vecs, const int pairs, const int packed, int 
     for (int i = 0; i < ROWS; i++) {
         at[i] = packed ? a.p + 4 * i : a.p + least(i, rows - 1) * a.row;
 #pragma GCC unroll 3
-        for (int v = 0; v < vecs; v++)
-            acc[i][v] = add ? ss_vload(tile.p + i * tile.stride + v * SS_LANES) : ss_vset(0.0f);
+        for (int v = 0; v < vecs; v++) acc[i][v] = ss_vset(0.0f);
     }
     const int64_t step = packed ? 4 * ROWS : 4;
     for (int64_t k = 0; k < units; k++) {
@@ -128,8 +128,10 @@ SS_INLINE void tile_body(const int vecs, const int pairs, const int packed, int 
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) {
 #pragma GCC unroll 3
-        for (int v = 0; v < vecs; v++)
-            ss_vstore(tile.p + i * tile.stride + v * SS_LANES, acc[i][v]);
+        for (int v = 0; v < vecs; v++) {
+            float *out = tile.p + i * tile.stride + v * SS_LANES;
+            ss_vstore(out, add ? ss_vload(out) + acc[i][v] : acc[i][v]);
+        }
     }
 }
 
