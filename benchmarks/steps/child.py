@@ -70,9 +70,13 @@ def _start(runner: Runner, order: Order) -> dict[str, Any]:
     setup = time.perf_counter() - start
     parameters = workload.parameters
     del workload
+    release()
+    predicted = runner.predict()
     first = run_steps(runner, order.first_steps)
+    release()
     return {
         **first,
+        "predicted": predicted,
         "setup": setup,
         "baseline": baseline,
         "parameters": parameters,

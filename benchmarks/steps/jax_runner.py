@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from torch import nn
 
 from benchmarks.workloads import Workload
-from shoestring.runtime.memory import release
 
 from .runners import Unavailable
 
@@ -48,13 +47,15 @@ class JaxRunner:
         self.update = jax.jit(_step(loss, workload.learning_rate), donate_argnums=(0, 1, 2))
         for p in workload.model.parameters():
             p.data = p.data.new_empty(0)
-        release()
 
     def step(self) -> float:
         loss, self.parameters, self.moments, self.count = self.update(
             self.parameters, self.moments, self.count, *self.batch
         )
         return float(loss)
+
+    def predict(self) -> int | None:
+        return None
 
     def facts(self) -> dict[str, Any]:
         return {}

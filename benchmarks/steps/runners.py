@@ -15,7 +15,7 @@ import torch
 import shoestring
 from benchmarks.workloads import Workload
 from shoestring.runtime.executor import Executor, Timing
-from shoestring.runtime.memory import current_rss, release
+from shoestring.runtime.memory import current_rss
 
 from .roofline import Work
 
@@ -40,12 +40,16 @@ class Runner(Protocol):
         """Everything up to the first step."""
         ...
 
+    def predict(self) -> int | None:
+        """The most resident bytes of steps to come, where it knows."""
+        ...
+
     def step(self) -> float:
         """Forward, backward and update; the loss before the update."""
         ...
 
     def facts(self) -> dict[str, Any]:
-        """What else it knows: predicted memory, work of a step."""
+        """What else it knows: the work of a step."""
         ...
 
 
@@ -104,6 +108,9 @@ class TorchRunner:
         self.optimizer.step()
         return float(loss.detach())
 
+    def predict(self) -> int | None:
+        return None
+
     def facts(self) -> dict[str, Any]:
         return {}
 
@@ -126,16 +133,17 @@ class ShoestringRunner:
         model, batch = workload.model, workload.batch
         self.batch = batch
         self.compiled = compile_step(model, workload.loss_fn, adamw(workload), batch, **named)
-        release()
-        to_come = self.compiled.bytes_to_come(batch)
-        self.predicted = None if to_come is None else current_rss() + to_come
+
+    def predict(self) -> int | None:
+        to_come = self.compiled.bytes_to_come(self.batch)
+        return None if to_come is None else current_rss() + to_come
 
     def step(self) -> float:
         return float(self.compiled(*self.batch))
 
     def facts(self) -> dict[str, Any]:
         work = Work.of(self.compiled.program(self.batch).captured.function)
-        return {"predicted": self.predicted, "work": asdict(work)}
+        return {"work": asdict(work)}
 
     def profile(self, steps: int) -> list[dict[str, Any]]:
         """Milliseconds a step by instruction: name, what it is for, calls and time; slowest first.

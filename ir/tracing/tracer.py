@@ -45,6 +45,13 @@ INLINE_ELEMENTS = 64
 Adopt = Callable[[torch.Tensor], tuple[Role, str]]
 
 
+def _fake_mode() -> FakeTensorMode:
+    """A mode without PyTorch's memory of results: `Results` is ours, and theirs stays for good."""
+    mode = FakeTensorMode()
+    mode.cache_enabled = False
+    return mode
+
+
 class Tracer(TorchDispatchMode):
     """Builds one function from the ATen calls made while it is active.
 
@@ -60,7 +67,7 @@ class Tracer(TorchDispatchMode):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's has no annotations
         self.name = name
-        self.fake = fake_mode or FakeTensorMode()
+        self.fake = fake_mode or _fake_mode()
         self.locator = Locator()
         self.params: list[Param] = []
         self.bound: list[torch.Tensor | None] = []
