@@ -119,6 +119,19 @@ def operand_values(operands: Iterable[Operand]) -> Iterator[Value]:
             yield from (v for v in operand if v is not None)
 
 
+def map_types(operands: tuple[Operand, ...]) -> tuple[Any, ...]:
+    """Operands with the type of each value in its place."""
+    return tuple([_type_of(o) for o in operands])
+
+
+def _type_of(operand: Operand) -> Any:
+    if isinstance(operand, Value):
+        return operand.type
+    if isinstance(operand, tuple):
+        return tuple([None if v is None else v.type for v in operand])
+    return (type(operand), operand)
+
+
 def map_operand(operand: Operand, f: Callable[[Value], Operand]) -> Operand:
     """The operand with each value replaced by `f(value)`."""
     if isinstance(operand, Value):

@@ -11,13 +11,16 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import IRError
-from ..function import Op, Operand, Value
+from ..fake import empty, fake_mode
+from ..function import Op, Operand, Value, map_types
 from ..opdef import Cost, FactorMap, Infer, Kind, OpDef, results_of
 from ..types import TensorType, type_of
 
 TENSOR_TYPES = frozenset({"Tensor", "Optional[Tensor]", "List[Tensor]", "List[Optional[Tensor]]"})
 # Where data lives and how it is laid out is a backend's business, not the program's.
 PLACEMENT_ARGS = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking"})
+MOST_INFERRED = 1 << 12  # ops whose result types are remembered
+_inferred: dict[Any, tuple[TensorType, ...]] = {}
 
 
 def is_tensor_arg(arg: Any) -> bool:
@@ -95,18 +98,32 @@ def _caller(overload: OpOverload) -> Callable[..., Any]:
 @cache
 def inference_mode() -> FakeTensorMode:
     """The fake tensor mode in which result types are inferred."""
-    return FakeTensorMode()
+    return fake_mode()
 
 
 def infer_by_running(op: Op) -> tuple[TensorType, ...]:
-    """Result types, from running the reference on tensors without data."""
+    """Result types, from running the reference on tensors without data; of equal ops, once."""
+    attrs = tuple([(k, type(v), v) for k, v in op.attrs.items()])
+    key = (op.opdef.reference, torch.get_default_dtype(), map_types(op.operands), attrs)
+    try:
+        types = _inferred.get(key)
+    except TypeError:  # a list among the attributes
+        return _run(op)
+    if types is None:
+        if len(_inferred) >= MOST_INFERRED:
+            _inferred.clear()
+        types = _inferred[key] = _run(op)
+    return types
+
+
+def _run(op: Op) -> tuple[TensorType, ...]:
     mode = inference_mode()
+
+    def fake(v: Value) -> torch.Tensor:
+        return empty(mode, v.type.dtype, v.type.static_shape, None)
+
+    operands = [_substitute(o, fake) for o in op.operands]
     with mode:
-
-        def fake(v: Value) -> torch.Tensor:
-            return torch.empty(v.type.static_shape, dtype=v.type.dtype)
-
-        operands = [_substitute(o, fake) for o in op.operands]
         outcome = op.opdef.reference(*operands, **op.attrs)
     return tuple(type_of(t) for t in results_of(outcome, op.attrs))
 

@@ -17,12 +17,8 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     in_kernel_invocation_manager,
 )
-from torch.utils._python_dispatch import _disable_current_modes as no_modes
-
-from ..function import Operand, Value
 
 Key = tuple[Any, ...]
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +67,6 @@ class Results:
                 self._views[key] = (layout.shape, layout.stride, int(outcome.storage_offset()))
         return outcome
 
-    def empty(
-        self, shape: tuple[int, ...], stride: tuple[int, ...] | None, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """A tensor on the CPU without data; in row-major order where no strides are given."""
-        with no_modes():
-            if stride is None:
-                data = torch.empty(shape, dtype=dtype, device="meta")
-            else:
-                data = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-            return FakeTensor(self.fake, data, _CPU)
-
     def _view(
         self, base: FakeTensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int
     ) -> torch.Tensor:
@@ -107,19 +92,6 @@ class Results:
     def _tensor(self, one: _Layout) -> torch.Tensor:
         data = torch.empty_strided(one.shape, one.stride, dtype=one.dtype, device="meta")
         return FakeTensor(self.fake, data, one.device)
-
-
-def map_types(operands: tuple[Operand, ...]) -> tuple[Any, ...]:
-    """Operands with the type of each value in its place."""
-    return tuple([_type(o) for o in operands])
-
-
-def _type(operand: Operand) -> Any:
-    if isinstance(operand, Value):
-        return operand.type
-    if isinstance(operand, tuple):
-        return tuple([None if v is None else v.type for v in operand])
-    return (type(operand), operand)
 
 
 def facts(given: Any) -> Any:

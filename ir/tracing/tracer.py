@@ -29,7 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as no_modes
 
 from ..errors import CaptureError, ShoestringError
-from ..function import Function, Op, Operand, Output, Param, Role, Value, map_operand
+from ..fake import empty
+from ..fake import fake_mode as new_fake_mode
+from ..function import Function, Op, Operand, Output, Param, Role, Value, map_operand, map_types
 from ..interpreter import run_op
 from ..opdef import as_tuple, results_of
 from ..ops import find_overload, lookup, overload_name, split_arguments
@@ -38,18 +40,11 @@ from .aliasing import Record, Step, Storage, read, write
 from .location import Locator, is_own_file, is_user_file
 from .randomness import SAMPLERS
 from .replay import Recording, layouts
-from .results import Results, map_types
+from .results import Results
 from .special import FAKE_RESULTS, REWRITES
 
 INLINE_ELEMENTS = 64
 Adopt = Callable[[torch.Tensor], tuple[Role, str]]
-
-
-def _fake_mode() -> FakeTensorMode:
-    """A mode without PyTorch's memory of results: `Results` is ours, and theirs stays for good."""
-    mode = FakeTensorMode()
-    mode.cache_enabled = False
-    return mode
 
 
 class Tracer(TorchDispatchMode):
@@ -67,7 +62,7 @@ class Tracer(TorchDispatchMode):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's has no annotations
         self.name = name
-        self.fake = fake_mode or _fake_mode()
+        self.fake = fake_mode or new_fake_mode()
         self.locator = Locator()
         self.params: list[Param] = []
         self.bound: list[torch.Tensor | None] = []
@@ -486,7 +481,7 @@ class Tracer(TorchDispatchMode):
         return tensor
 
     def _empty(self, type_: TensorType) -> torch.Tensor:
-        return self._results.empty(type_.static_shape, None, type_.dtype)
+        return empty(self.fake, type_.dtype, type_.static_shape, None)
 
     def _operand(self, given: Any) -> Operand:
         if isinstance(given, torch.Tensor):
@@ -558,7 +553,7 @@ class Tracer(TorchDispatchMode):
             raise self.refusal("SS1011", what, "use plain torch.Tensor parameters and buffers")
         if tensor.layout is not torch.strided:
             raise self.refusal("SS1012", f"a {tensor.layout} tensor is not supported")
-        return self._results.empty(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        return empty(self.fake, tensor.dtype, tuple(tensor.shape), tensor.stride())
 
     def _to_fake(self, given: Any) -> Any:
         if isinstance(given, torch.Tensor):
