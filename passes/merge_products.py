@@ -205,11 +205,15 @@ class _Merger:
     # -- writing ---------------------------------------------------------------------------------
 
     def merge(self, root: Op, leaves: Sequence[Value]) -> int:
-        """Writes a sum anew, before its first reader; how many products and sums are merged."""
-        where = min((self.at[u] for u in self.users[root.result]), default=len(self.function.ops))
-        runs = [r for r in self._runs(leaves) if self._ready(r, where)]
+        """Writes a sum anew where it was, or as soon as its stacks are there.
+
+        The sooner, the sooner the stacks go. How many products and sums are merged.
+        """
+        end = min((self.at[u] for u in self.users[root.result]), default=len(self.function.ops))
+        runs = [r for r in self._runs(leaves) if self._made(r) < end]
         if not runs:
             return 0
+        where = max(self.at[root], *map(self._made, runs)) + 1
         taken = {v for run in runs for v in run.leaves}
         parts = [v for v in leaves if v not in taken]
         ops: list[Op] = []
@@ -225,9 +229,10 @@ class _Merger:
         self.runs += len(runs)
         return len(taken)
 
-    def _ready(self, run: Run, where: int) -> bool:
+    def _made(self, run: Run) -> int:
+        """The op that makes the last of the stacks; -1 where they are parameters."""
         makers = (self.function.producer(base) for base in run.bases)
-        return all(maker is None or self.at[maker] < where for maker in makers)
+        return max((self.at[maker] for maker in makers if maker is not None), default=-1)
 
     def _product(self, run: Run, root: Op, ops: list[Op]) -> Value:
         sides = [
