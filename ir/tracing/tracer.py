@@ -130,8 +130,8 @@ class Tracer(TorchDispatchMode):
         self, tensors: Sequence[torch.Tensor], work: Callable[[], object]
     ) -> Recording | None:
         """Does `work`; what it did to the tensors, where the same can be done to others."""
+        before = tuple([self.read(t) for t in tensors])  # of a stale view, with ops of its own
         start, known = len(self.ops), len(self.params)
-        before = tuple([self.read(t) for t in tensors])
         work()
         made = Recording(tuple(self.ops[start:]), before, tuple([self.read(t) for t in tensors]))
         repeats = made.repeats([self._record_of(t) for t in tensors])
@@ -147,7 +147,7 @@ class Tracer(TorchDispatchMode):
             new.update(zip(op.results, results, strict=True))
         for t, before, after in zip(tensors, recording.before, recording.after, strict=True):
             if after is not before:
-                write(self._record_of(t), new[after], self._emit_one)
+                write(self._record_of(t), new.get(after, after), self._emit_one)
 
     def rng_key(self) -> Value:
         """The key parameter of the program's randomness, made when first asked for."""

@@ -112,6 +112,29 @@ def test_what_is_written_to_a_part_is_not_repeated() -> None:
         assert tracer.record([a, row], lambda: a.add_(row)) is not None
 
 
+def test_views_that_are_read_anew_are_not_part_of_a_recording() -> None:
+    """Else the next tensor would be given what the first one held."""
+    tracer, (a, b, whole) = _tracer()
+    with tracer:
+        rows = [whole[0], whole[1]]
+        whole.mul_(2)
+        made = tracer.record([a, rows[0]], lambda: a.add_(rows[0]))
+        assert made is not None and [op.name for op in made.ops] == ["aten.add.Tensor"]
+        tracer.replay(made, [b, rows[1]])
+        last = tracer.ops[-1]
+        assert last.result is tracer.read(b) and tracer.read(rows[1]) in last.inputs
+
+
+def test_what_comes_from_elsewhere_stays() -> None:
+    tracer, (a, b, whole) = _tracer()
+    with tracer:
+        row = whole[0]
+        made = tracer.record([a], lambda: a.copy_(row))
+        assert made is not None
+        tracer.replay(made, [b])
+        assert tracer.read(b) is tracer.read(a) is tracer.read(row)
+
+
 def test_random_numbers_are_not_repeated() -> None:
     tracer, (a, *_) = _tracer()
     with tracer:
