@@ -41,7 +41,7 @@ from benchmarks.steps.processes import (  # noqa: E402
 )
 from benchmarks.steps.results import Result, Row, difference, limit, merge, save  # noqa: E402
 from benchmarks.steps.roofline import Work, measure  # noqa: E402
-from benchmarks.workloads import WORKLOADS  # noqa: E402
+from benchmarks.workloads import WORKLOADS, require_known  # noqa: E402
 from shoestring.cli.compare import machine as processor  # noqa: E402
 
 Contender = Literal["shoestring", "eager", "compile", "max-autotune", "jax"]
@@ -127,9 +127,7 @@ def main() -> None:
 
 def run(options: Options) -> list[Result]:
     """Measures, prints, writes; the new results."""
-    unknown = set(options.workloads) - set(WORKLOADS)
-    if unknown:
-        sys.exit(f"unknown workloads {sorted(unknown)}; there are {', '.join(WORKLOADS)}")
+    require_known(options.workloads)
     malloc = find_malloc() if options.malloc == "auto" else options.malloc
     malloc = None if malloc == "system" else malloc
     threads = options.threads or torch.get_num_threads()

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel  # noqa: E402
 
 import shoestring  # noqa: E402
 from benchmarks.steps.tables import markdown  # noqa: E402
-from benchmarks.workloads import WORKLOADS, Workload, build  # noqa: E402
+from benchmarks.workloads import WORKLOADS, Workload, build, require_known  # noqa: E402
 
 NOTHING = 1e-9  # of the norm of all gradients: less is rounding where the gradient is zero
 MOST = 2.0
@@ -161,9 +161,7 @@ as much as usual: that is the largest error of a model with ReLUs.
 
 def main() -> int:
     options = tyro.cli(Options, description=__doc__)
-    unknown = set(options.workloads) - set(WORKLOADS)
-    if unknown:
-        sys.exit(f"unknown workloads {sorted(unknown)}; there are {', '.join(WORKLOADS)}")
+    require_known(options.workloads)
     outcomes: list[Outcome] = []
     for name in options.workloads:
         outcomes.append(measure(name, options))

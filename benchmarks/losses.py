@@ -27,7 +27,7 @@ import tyro  # noqa: E402
 from benchmarks.steps.results import difference  # noqa: E402
 from benchmarks.steps.runners import make_runner  # noqa: E402
 from benchmarks.steps.tables import markdown  # noqa: E402
-from benchmarks.workloads import WORKLOADS, build, shake  # noqa: E402
+from benchmarks.workloads import WORKLOADS, build, require_known, shake  # noqa: E402
 
 SEEDS = (0, 1, 2)
 FP32_LIMIT = 1e-4
@@ -240,9 +240,7 @@ of our losses, over three seeds, is outside of the band of eager autocast's thre
 
 def main() -> int:
     options = tyro.cli(Options, description=__doc__)
-    unknown = set(options.workloads) - set(WORKLOADS)
-    if unknown:
-        sys.exit(f"unknown workloads {sorted(unknown)}; there are {', '.join(WORKLOADS)}")
+    require_known(options.workloads)
     outcomes: list[Outcome] = []
     for name in options.workloads:
         outcomes.append(measure(name, options))

@@ -5,7 +5,8 @@ Dropout is 0 throughout, so that every contender computes the same losses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -251,6 +252,13 @@ def shake(model: nn.Module, seed: int = 0) -> None:
         for p in model.parameters():
             way = torch.randint(-1, 2, p.shape, generator=generator)
             p.copy_(torch.where(way == 0, p, p.nextafter(p + way)))
+
+
+def require_known(names: Iterable[str]) -> None:
+    """Ends the program with a message where a name is not one of `WORKLOADS`."""
+    unknown = set(names) - set(WORKLOADS)
+    if unknown:
+        sys.exit(f"unknown workloads {sorted(unknown)}; there are {', '.join(WORKLOADS)}")
 
 
 def build(name: str, *, tiny: bool = False, seed: int = 0) -> Workload:

@@ -48,7 +48,8 @@ RUNTIME = ("gemm.c", "frame.c", "pool.c", "trial.c", "run.c")
 RUNTIME_OF = {"attention.h": ("attention.c",)}
 JOBS = max(2, os.cpu_count() or 1)
 _COMMENT = re.compile(r"^[ \t]*//.*\n", re.MULTILINE)
-_LOCKS = {files: threading.Lock() for files in (RUNTIME, *RUNTIME_OF.values())}
+_PARTS = (RUNTIME, *RUNTIME_OF.values())
+_LOCKS = {files: threading.Lock() for files in _PARTS}
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def machine_key() -> str:
 
 
 def _key(compiler: str, texts: Mapping[str, str]) -> str:
-    names = (*HEADERS, *chain(*_LOCKS))
+    names = (*HEADERS, *chain(*_PARTS))
     ours = [(HERE / name).read_text() for name in names]
     parts = [*texts.values(), *ours, *flags(), compiler_version(compiler), cpu_identity()]
     digest = hashlib.sha256()
