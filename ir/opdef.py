@@ -85,6 +85,7 @@ class OpDef:
         factors: the sharding rule; None where the op must be replicated.
         core: belongs to the set that every code generator implements.
         pure: same operands, same result, nothing else happens.
+        sizes_only: positions of operands whose elements are never read.
         doc: one sentence.
     """
 
@@ -98,6 +99,7 @@ class OpDef:
     factors: FactorRule
     core: bool = False
     pure: bool = True
+    sizes_only: tuple[int, ...] = ()
     doc: str = ""
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .reductions import has_reduction, reduced_dims
 
 # A constant of more elements than this is computed by each step instead of being kept.
 LARGEST_CONSTANT = 1 << 22
+REPEATS_FROM = 1 << 12  # bytes of a constant that is looked at for repetition
 ROW_MAJOR = frozenset({Kind.COMPOSITE, Kind.OPAQUE})
 
 
@@ -147,6 +149,7 @@ class WorkList:
 
     nexts: dict[Value, Ref] = field(default_factory=dict[Value, Ref])
     refused: Mapping[Op, str] = field(default_factory=dict[Op, str])
+    constants: dict[object, Base] = field(default_factory=dict[object, Base])
 
     def forget(self) -> None:
         """Unties nodes from what they make, so that memory is free without a search for cycles."""
@@ -201,7 +204,10 @@ class WorkList:
         if work is Work.REDUCTION and self.trivial(op):
             return
         if work is Work.LIBRARY:
-            operands = tuple(self.materialized(o, op) for o in operands)
+            operands = tuple(
+                o if i in op.opdef.sizes_only else self.materialized(o, op)
+                for i, o in enumerate(operands)
+            )
         orders = result_orders(op, operands) if work is Work.LIBRARY else None
         if orders is not None:
             self.add_ordered(op, operands, orders)
@@ -286,7 +292,13 @@ class WorkList:
     def in_memory(self, ref: Ref, op: Op) -> Ref:
         """Kernels of larger ops may take some operands to be in row-major order unasked."""
         ordered = op.opdef.kind in ROW_MAJOR and ref.layout.strides != row_major(ref.shape).strides
-        return self.contiguous(ref, op) if ordered or ref.wide is not None else ref
+        if not ordered and ref.wide is None:
+            return ref
+        if ref.base.constant is None:
+            return self.contiguous(ref, op)
+        held, at = ref.base.constant, ref.layout
+        view = held.as_strided(at.shape, at.strides, at.offset).to(ref.dtype)
+        return self.constant(view.contiguous(), f"copy of {ref.base.label}")
 
     def trivial(self, op: Op) -> bool:
         """A reduction over dimensions of size one is a conversion."""
@@ -365,12 +377,41 @@ class WorkList:
             outcome = run_op(op, self.known)
         for r, t in zip(op.results, outcome, strict=True):
             self.known[r] = t
-            held = t.detach().clone(memory_format=torch.contiguous_format)
-            base = self.base(
-                r.type.dtype, r.type.static_shape, describe(r, op), value=r, constant=held
-            )
-            self.refs[r] = Ref(base, row_major(base.shape))
+            self.refs[r] = self.constant(_once(t), describe(r, op))
         return True
+
+    def constant(self, known: torch.Tensor, label: str) -> Ref:
+        """A view of what is known: equal elements are kept once, however often they are made."""
+        repeated = [s == 0 and n > 1 for n, s in zip(known.shape, known.stride(), strict=True)]
+        held = known
+        for d in (d for d, again in enumerate(repeated) if again):
+            held = held.narrow(d, 0, 1)
+        held = held.detach().clone(memory_format=torch.contiguous_format)
+        shape = tuple(held.shape)
+        content = held.reshape(-1).view(torch.uint8).numpy().tobytes()
+        key = (held.dtype, shape, blake2b(content).digest())
+        if key not in self.constants:
+            self.constants[key] = self.base(held.dtype, shape, label, constant=held)
+        walked = zip(row_major(shape).strides, repeated, strict=True)
+        strides = tuple(0 if again else s for s, again in walked)
+        return Ref(self.constants[key], Layout(tuple(known.shape), strides))
+
+
+def _once(t: torch.Tensor) -> torch.Tensor:
+    """A large tensor without repetition: dimensions along which nothing changes have stride 0."""
+    shape = t.shape
+    if t.numel() * t.element_size() >= REPEATS_FROM and not t.is_complex():
+        for d in range(t.dim()):
+            first = t.narrow(d, 0, 1)
+            if t.shape[d] > 1 and _same_bits(first.expand_as(t), t):
+                t = first
+    return t.expand(shape)
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to the last bit: NaN too, and the sign of zero."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.view(integer), b.view(integer))
 
 
 def _per_channel(x: Layout, rank: int) -> Layout:

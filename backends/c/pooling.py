@@ -1,39 +1,90 @@
-"""The largest element of each window, and where it is, in C."""
+"""The largest element of each window, where it is, and the gradient of that, in C."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from shoestring.ir import DTYPE_NAMES, Op
 
 from .claims import Claim
-from .expressions import MEMORY, REGISTER, load, store
+from .expressions import MEMORY, REGISTER, load, rounded, store
 from .layout import row_major
-from .nodes import Node, Ref
+from .nodes import Base, Node, Ref
 
-NAME = "aten.max_pool2d_with_indices.default"
+FORWARD = "aten.max_pool2d_with_indices.default"
+BACKWARD = "aten.max_pool2d_with_indices_backward.default"
+TYPES = (torch.float32, torch.float64, torch.bfloat16)
 PARALLEL = 1 << 13  # results below which one thread is faster
 WIDEST = 4096  # results of a row, which are on the stack
 LARGEST = 1 << 31  # elements of an image, which 32 bits count
 
 
 def claim(node: Node) -> Claim | str | None:
-    """The kernel for `max_pool2d_with_indices`."""
-    if node.op.name != NAME:
-        return None
+    """The kernel for `max_pool2d_with_indices` or its gradient."""
+    if node.op.name == FORWARD:
+        return _forward(node)
+    return _backward(node) if node.op.name == BACKWARD else None
+
+
+def _forward(node: Node) -> Claim | str:
     (x,), (values, indices) = node.refs, node.outs
-    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+    if x.dtype not in TYPES:
         return "elements of another type"
     if not (x.layout.numel and values.nbytes) or x.layout.strides != row_major(x.shape).strides:
         return "an operand in another order"
     if values.shape[-1] > WIDEST or x.shape[-1] * x.shape[-2] >= LARGEST:
         return "larger than this kernel's images"
-    comment = (
-        f"// the largest of each window: {DTYPE_NAMES[values.dtype]}"
-        f"[{','.join(map(str, values.shape))}] %{node.op.results[0].name}, {node.loc.module}"
-    )
     results = tuple(Ref(out, row_major(out.shape)) for out in (values, indices))
+    comment = _comment("the largest of each window", values, node)
     return Claim("max_pool2d", comment, _body(node.op, x, values.shape), (x, *results), (1, 2))
+
+
+def _backward(node: Node) -> Claim | str:
+    grad, indices = (o for i, o in enumerate(node.operands) if i != 1 and isinstance(o, Ref))
+    (out,) = node.outs
+    if grad.dtype not in TYPES or out.dtype is not grad.dtype or indices.dtype is not torch.int64:
+        return "elements of another type"
+    if not (grad.layout.numel and out.nbytes):
+        return "no elements"
+    if any(r.layout.strides != row_major(r.shape).strides for r in (grad, indices)):
+        return "an operand in another order"
+    comment = _comment("gradients go to the largest of each window", out, node)
+    pointers = (grad, indices, Ref(out, row_major(out.shape)))
+    return Claim("max_pool2d_backward", comment, _scatter(grad, out), pointers, (2,))
+
+
+def _comment(what: str, out: Base, node: Node) -> str:
+    shape = ",".join(map(str, out.shape))
+    place = f"%{node.op.results[0].name}, {node.loc.module}"
+    return f"// {what}: {DTYPE_NAMES[out.dtype]}[{shape}] {place}"
+
+
+def _scatter(grad: Ref, out: Base) -> str:
+    """One plane at a time, in the order of the windows. Places beyond a plane are left out."""
+    size, count = math.prod(out.shape[-2:]), math.prod(grad.shape[-2:])
+    planes = math.prod(out.shape[:-2])
+    kind = MEMORY[out.dtype]
+    total = f"{load('image[at]', out.dtype)} + {load('from[i]', out.dtype)}"
+    return f"""\
+    const {kind} *restrict grad = b[0];
+    const int64_t *restrict places = b[1];
+    {kind} *restrict out = b[2];
+{_fork(planes * count)}    for (int64_t plane = 0; plane < {planes}; plane++) {{
+        {kind} *restrict image = out + plane * {size};
+        const {kind} *restrict from = grad + plane * {count};
+        const int64_t *restrict place = places + plane * {count};
+        memset(image, 0, {size * out.dtype.itemsize});
+        for (int64_t i = 0; i < {count}; i++) {{
+            const uint64_t at = (uint64_t)place[i];
+            if (at < {size}) image[at] = {store(rounded(total, out.dtype), out.dtype)};
+        }}
+    }}"""
+
+
+def _fork(results: int) -> str:
+    return "#pragma omp parallel for schedule(static)\n" if results > PARALLEL else ""
 
 
 def _pair(given: list[int] | tuple[int, ...]) -> tuple[int, int]:
@@ -48,7 +99,6 @@ def _body(op: Op, x: Ref, shape: tuple[int, ...]) -> str:
     (height, width), (rows, cols) = x.shape[-2:], shape[-2:]
     kind, number = MEMORY[x.dtype], REGISTER[x.dtype]
     planes = x.layout.numel // (height * width)
-    fork = "#pragma omp parallel for schedule(static)\n" * (planes * rows * cols > PARALLEL)
 
     def inside(name: str, i: int) -> str:
         """The first tap that is not before the image."""
@@ -74,7 +124,7 @@ def _body(op: Op, x: Ref, shape: tuple[int, ...]) -> str:
     const {kind} *restrict x = b[0];
     {kind} *restrict values = b[1];
     int64_t *restrict places = b[2];
-{fork}    for (int64_t plane = 0; plane < {planes}; plane++) {{
+{_fork(planes * rows * cols)}    for (int64_t plane = 0; plane < {planes}; plane++) {{
         const {kind} *restrict image = x + plane * {height * width};
         {number} most[{cols}];
         int32_t place[{cols}];

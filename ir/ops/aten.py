@@ -173,6 +173,7 @@ def define(
     cost: Callable[[Op], Cost] | None = None,
     factors: Callable[[Op], FactorMap | None] = replicate,
     core: bool = False,
+    sizes_only: tuple[int, ...] = (),
     doc: str = "",
 ) -> OpDef:
     """An ATen op's definition: the schema's facts and whatever is given here."""
@@ -193,5 +194,6 @@ def define(
         cost=cost or costs.get(kind, default_cost),
         factors=factors,
         core=core,
+        sizes_only=sizes_only,
         doc=doc,
     )

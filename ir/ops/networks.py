@@ -55,6 +55,12 @@ TYPED_BY_INPUT = frozenset(
     for name in """huber_loss huber_loss_backward soft_margin_loss mse_loss_backward
     smooth_l1_loss_backward soft_margin_loss_backward""".split()
 )
+# (grad, self, ..., indices): where the gradient goes is known from the indices.
+SIZES_ONLY = frozenset(
+    f"aten.{name}_backward.default"
+    for name in """max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d
+    adaptive_max_pool3d""".split()
+)
 NONE, MEAN, SUM = 0, 1, 2  # PyTorch's codes of `reduction`
 
 
@@ -190,6 +196,7 @@ def _family(names: list[str], rule: Callable[[Op], FactorMap], kind: Kind) -> li
             kind,
             infer=infer_by_input if name in TYPED_BY_INPUT else infer_by_running,
             factors=rule,
+            sizes_only=(1,) if name in SIZES_ONLY else (),
         )
         for name in (f"aten.{n}" for n in names)
     ]

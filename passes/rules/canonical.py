@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shoestring.ir import Number, Op, lookup
+from shoestring.ir import REGISTRY, Number, Op, TensorType, lookup
 
 from ..rewriter import (
     Match,
@@ -147,4 +147,30 @@ FILLS = rules(
     _fill("aten.fill.Scalar", None),
 )
 
-CANONICAL: RuleSet = IDENTITIES + SCALARS + VIEWS + FILLS
+
+def _sizes_only(name: str) -> Rule:
+    """Operands of which only sizes count become numbers: the op no longer keeps them alive."""
+    places = lookup(name).sizes_only
+    operands = tuple(anything(o) for o in lookup(name).operand_names)
+
+    def replacement(m: Match) -> Term:
+        given: list[Term] = list(m.root.operands)
+        for i in places:
+            given[i] = _zeros_like(m.type(operands[i].name))
+        return op(name, *given, **m.root.attrs)
+
+    def reads_elements(m: Match) -> bool:
+        made = [m.producer(operands[i].name) for i in places]
+        static = all(m.type(operands[i].name).is_static for i in places)
+        return static and any(p is None or p.inputs for p in made)
+
+    return Rule(Pattern(name, operands, {}), replacement, reads_elements)
+
+
+def _zeros_like(type_: TensorType) -> Pattern:
+    return op("aten.full.default", size=type_.shape, fill_value=0, dtype=type_.dtype)
+
+
+SIZES_ONLY = rules(*map(_sizes_only, (d.name for d in REGISTRY.values() if d.sizes_only)))
+
+CANONICAL: RuleSet = IDENTITIES + SCALARS + VIEWS + FILLS + SIZES_ONLY

@@ -24,6 +24,23 @@ def run(x: Tensor, kernel: list[int], *options: object) -> None:
     )
     executable = compare(function, [x], rtol=0, atol=0)
     assert all(isinstance(i, CallKernel) for i in executable.instructions)
+    run_backward(x, kernel, *options)
+
+
+def run_backward(x: Tensor, kernel: list[int], *options: object) -> None:
+    """The gradient, of which `x` gives nothing but its sizes."""
+    values, indices = aten.max_pool2d_with_indices(x, kernel, *options)
+    given = [*options, *([], [0, 0], [1, 1], False)[len(options) :]]
+    arguments = [torch.randn_like(values), x, indices]
+
+    def backward(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+        found: Tensor = aten.max_pool2d_with_indices_backward(grad, x, kernel, *given, indices)
+        return found
+
+    types = [TensorType(t.dtype, tuple(t.shape)) for t in arguments]
+    executable = compare(trace(backward, types, "pool"), arguments, rtol=0, atol=0)
+    (call,) = executable.instructions
+    assert isinstance(call, CallKernel) and len(call.pointers) == 3
 
 
 PAIR = st.tuples(st.integers(1, 3), st.integers(1, 3))

@@ -21,6 +21,7 @@ from shoestring.ir import (
 )
 from shoestring.ir.function import Loc
 from shoestring.passes import Numerics, Pipeline, check
+from shoestring.passes.canonicalize import Canonicalize
 from shoestring.passes.numerics import difference, evaluate
 from shoestring.passes.registry import BUILTIN
 
@@ -185,3 +186,19 @@ def test_promotion_is_kept(dtype: str) -> None:
     assert [o.value.type for o in g.outputs] == [o.value.type for o in function.outputs]
     argument = torch.tensor([0, 1]).to(x.type.dtype)
     assert difference(evaluate(function, [argument]), evaluate(g, [argument]), exact=True) is None
+
+
+def test_an_operand_that_is_read_for_its_sizes_only_is_not_kept() -> None:
+    b = Builder("f")
+    grad = b.param(parse_type("f32[1,1,2,2]"), Role.BATCH, "grad")
+    x = b.param(parse_type("f32[1,1,4,4]"), Role.BATCH, "x")
+    places = b.param(parse_type("i64[1,1,2,2]"), Role.BATCH, "places")
+    sizes = {"kernel_size": (2, 2), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
+    name = "aten.max_pool2d_with_indices_backward.default"
+    found = b.emit(name, grad, x, places, **sizes, ceil_mode=False)
+    b.output("y", found)
+    function = b.build()
+    once, report = Canonicalize().run(function)
+    assert report.changed == 1
+    assert x not in {v for op in once.ops for v in op.inputs}
+    assert Canonicalize().run(once)[1].changed == 0
