@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import itertools
 import mmap
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from .lower import KernelInfo
 from .openmp import considerate, is_small, let_go
 
 Call = Callable[[], object]
-HUGE_PAGE = 2 << 20
+ADVICE = (14, 18)  # MADV_HUGEPAGE and MADV_WIPEONFORK of Linux; Python's mmap lacks the latter
 
 
 @dataclass(frozen=True)
@@ -350,13 +351,18 @@ def _users(
 
 
 def _arena(count: int) -> torch.Tensor:
-    """Zeroed pages, huge ones where they are to be had; a tensor that no kernel can resize."""
+    """Zeroed pages, huge ones where they are to be had; a tensor that no kernel can resize.
+
+    Private pages: those shared between processes are never huge as most kernels are set up. A child
+    process, such as one that loads data, gets zeros instead of a copy of each page written after it
+    was forked; a step reads nothing that it has not written.
+    """
     if count == 0:
         return torch.empty(0, dtype=torch.uint8)
-    pages = mmap.mmap(-1, count)
-    if count >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
+    pages = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for advice in ADVICE if sys.platform == "linux" else ():
+        with contextlib.suppress(OSError):  # a kernel without it
+            pages.madvise(advice)
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -54,6 +56,28 @@ def test_storage_stays_where_it_is() -> None:
     pointers = [t.data_ptr() for t in given]
     CBackend().compile(update()).run(given)
     assert [t.data_ptr() for t in given] == pointers
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_and_its_parent_step_on() -> None:
+    """Memory between ops is each one's own: neither sees what the other writes."""
+    b = Builder("f")
+    x = b.param(parse_type("f32[700,900]"), Role.BATCH, "x")
+    product = b.emit("aten.mm.default", x, b.emit("aten.t.default", x))
+    b.output("y", b.emit("aten.mm.default", product, x))
+    given, other = torch.randn(700, 900), torch.randn(700, 900)
+    executable = CBackend().compile(b.build())
+    (wanted,) = executable.run([given])
+    child = os.fork()
+    if child == 0:
+        good = torch.equal(executable.run([given])[0], wanted)
+        executable.run([other])
+        os._exit(0 if good else 1)
+    (found,) = executable.run([given])
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(found, wanted)
+    assert torch.equal(executable.run([given])[0], wanted)
 
 
 def test_swap_and_rotation() -> None:

@@ -1,5 +1,7 @@
 """Every exact pass keeps every bit, on random programs over awkward numbers, shapes and types."""
 
+from typing import Any
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -193,7 +195,12 @@ def test_an_operand_that_is_read_for_its_sizes_only_is_not_kept() -> None:
     grad = b.param(parse_type("f32[1,1,2,2]"), Role.BATCH, "grad")
     x = b.param(parse_type("f32[1,1,4,4]"), Role.BATCH, "x")
     places = b.param(parse_type("i64[1,1,2,2]"), Role.BATCH, "places")
-    sizes = {"kernel_size": (2, 2), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
+    sizes: dict[str, Any] = {
+        "kernel_size": (2, 2),
+        "stride": (2, 2),
+        "padding": (0, 0),
+        "dilation": (1, 1),
+    }
     name = "aten.max_pool2d_with_indices_backward.default"
     found = b.emit(name, grad, x, places, **sizes, ceil_mode=False)
     b.output("y", found)
