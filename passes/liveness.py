@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,7 +37,11 @@ class Liveness:
 
 def size_of(type_: TensorType) -> int:
     """Bytes of a value; a symbolic dimension counts as one."""
-    return math.prod(d for d in type_.shape if isinstance(d, int)) * type_.dtype.itemsize
+    size = type_.dtype.itemsize
+    for d in type_.shape:
+        if isinstance(d, int):
+            size *= d
+    return size
 
 
 def is_view(op: Op) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -51,9 +51,8 @@ class OrderMemory(Pass):
         report = PassReport(matched=len(function.ops))
         roots = storage_roots(function)
         before = measure(function, None, roots).peak
-        best, peak, how = list(function.ops), before, "the captured order"
-        for name, candidate in CANDIDATES.items():
-            ops = candidate(function)
+        best, peak, how = function.ops, before, "the captured order"
+        for name, ops in _orders(function):
             found = measure(function, ops, roots).peak
             if found < peak:
                 best, peak, how = ops, found, name
@@ -64,31 +63,16 @@ class OrderMemory(Pass):
         return function.with_ops(best), report
 
 
-def _updates_early(function: Function) -> list[Op]:
-    return hoist(function, is_update)
-
-
-def _sunk(function: Function) -> list[Op]:
-    return sink(function, function.ops, _is_lazy(function))
-
-
-def _both(function: Function) -> list[Op]:
-    early = function.with_ops(_updates_early(function))
-    return sink(early, early.ops, _is_lazy(early))
-
-
-def _shrinking_early(function: Function) -> list[Op]:
-    late = function.with_ops(_both(function))
+def _orders(function: Function) -> Iterator[tuple[str, tuple[Op, ...]]]:
+    """The orders that are tried; some begin where another one ends."""
+    early = function.with_ops(hoist(function, is_update))
+    yield "early updates", early.ops
+    yield "late producers", tuple(sink(function, function.ops, _is_lazy(function)))
+    late = early.with_ops(sink(early, early.ops, _is_lazy(early)))
+    yield "early updates and late producers", late.ops
     shrinks = _is_shrinking(late)
-    return hoist(late, lambda op: is_update(op) or shrinks(op))
-
-
-CANDIDATES: dict[str, Callable[[Function], list[Op]]] = {
-    "early updates": _updates_early,
-    "late producers": _sunk,
-    "early updates and late producers": _both,
-    "early updates, late producers and early reductions": _shrinking_early,
-}
+    reduced = hoist(late, lambda op: is_update(op) or shrinks(op))
+    yield "early updates, late producers and early reductions", tuple(reduced)
 
 
 def _is_lazy(function: Function) -> Callable[[Op], bool]:

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 Key = tuple[Any, ...]
+_SELECT: OpOverload = torch.ops.aten.select.int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,10 @@ class Results:
 
     def of_view(self, func: OpOverload, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
         """What `run()` gives, which calls an op whose result is a view of its first argument."""
+        if func is _SELECT and not kwargs and self._remembers and type(args[0]) is FakeTensor:
+            place = _selected(*args)  # steps of a recurrence take another element each
+            if place is not None:
+                return self._view(args[0], *place)
         plain = self._key(func, args, kwargs)
         key = None if plain is None else (plain, args[0].storage_offset())
         found = self._views.get(key) if key is not None else None
@@ -75,8 +80,13 @@ class Results:
             data.set_(base.untyped_storage(), offset, shape, stride)  # pyright: ignore
         return FakeTensor(self.fake, data, base.fake_device)
 
+    @property
+    def _remembers(self) -> bool:
+        """Whether sizes are numbers, and no other mode would see the call."""
+        return self.fake.shape_env is None and not torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
+
     def _key(self, func: OpOverload, args: Any, kwargs: Any) -> Key | None:
-        if self.fake.shape_env is not None or torch._C._len_torch_dispatch_stack():  # pyright: ignore[reportPrivateUsage]
+        if not self._remembers:
             return None
         key = (func, torch.get_default_dtype(), facts(args), facts(tuple(kwargs.items())))
         try:
@@ -92,6 +102,20 @@ class Results:
     def _tensor(self, one: _Layout) -> torch.Tensor:
         data = torch.empty_strided(one.shape, one.stride, dtype=one.dtype, device="meta")
         return FakeTensor(self.fake, data, one.device)
+
+
+def _selected(
+    base: torch.Tensor, dim: Any, index: Any
+) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
+    """Shape, strides and offset of `base.select(dim, index)`; None where PyTorch should decide."""
+    shape, strides = tuple(base.shape), base.stride()
+    if type(dim) is not int or type(index) is not int or not -len(shape) <= dim < len(shape):
+        return None
+    dim %= len(shape)
+    if not -shape[dim] <= index < shape[dim] or base.is_conj() or base.is_neg():
+        return None
+    offset = int(base.storage_offset()) + index % shape[dim] * strides[dim]
+    return (*shape[:dim], *shape[dim + 1 :]), (*strides[:dim], *strides[dim + 1 :]), offset
 
 
 def facts(given: Any) -> Any:
