@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from shoestring.ir.errors import BackendError
 
@@ -22,6 +22,8 @@ class Lifetime:
         first: the instruction that writes it first.
         last: the last instruction that touches it.
         label: the user's name of what it holds.
+        whole: the buffer that it is a part of; its own life ends before that of the whole begins.
+        at: bytes from the start of the whole.
     """
 
     index: int
@@ -29,6 +31,8 @@ class Lifetime:
     first: int
     last: int
     label: str = ""
+    whole: int | None = None
+    at: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,10 +152,30 @@ def plan_memory(lifetimes: Sequence[Lifetime]) -> Plan:
 LARGEST_FIRST_LIMIT = 4000
 
 
+def _parts(lifetimes: Sequence[Lifetime]) -> dict[int, list[Lifetime]]:
+    """Whole -> the buffers that are parts of it."""
+    found: dict[int, list[Lifetime]] = {}
+    for t in lifetimes:
+        if t.whole is not None:
+            found.setdefault(t.whole, []).append(t)
+    return found
+
+
+def _with_parts(
+    lifetimes: Sequence[Lifetime], parts: Mapping[int, Sequence[Lifetime]]
+) -> Iterator[Lifetime]:
+    """What has a place of its own; a whole is alive from its first part on."""
+    for t in lifetimes:
+        if t.whole is None:
+            first = min((p.first for p in parts.get(t.index, ())), default=t.first)
+            yield replace(t, first=first) if first < t.first else t
+
+
 def _place_in_order(lifetimes: Sequence[Lifetime]) -> tuple[dict[int, int], int]:
     free, offsets = _FreeList(), dict[int, int]()
     dying: list[tuple[int, int, int]] = []
-    for t in sorted(lifetimes, key=lambda t: (t.first, -t.nbytes, t.index)):
+    parts = _parts(lifetimes)
+    for t in sorted(_with_parts(lifetimes, parts), key=lambda t: (t.first, -t.nbytes, t.index)):
         while dying and dying[0][0] < t.first:
             _, start, size = heapq.heappop(dying)
             free.give(start, size)
@@ -161,13 +185,24 @@ def _place_in_order(lifetimes: Sequence[Lifetime]) -> tuple[dict[int, int], int]
             continue
         offsets[t.index] = free.take(size)
         heapq.heappush(dying, (t.last, offsets[t.index], size))
-    return offsets, free.end
+    return _with_offsets_of_parts(offsets, parts), free.end
+
+
+def _with_offsets_of_parts(
+    offsets: dict[int, int], parts: Mapping[int, Sequence[Lifetime]]
+) -> dict[int, int]:
+    for whole, own in parts.items():
+        offsets.update((p.index, offsets[whole] + p.at) for p in own)
+    return offsets
 
 
 def _place_largest_first(lifetimes: Sequence[Lifetime]) -> tuple[dict[int, int], int]:
+    """A place in a whole is free until the part begins that belongs there."""
     placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last; sorted
     offsets, end = dict[int, int](), 0
-    for t in sorted(lifetimes, key=lambda t: (-t.nbytes, t.first, t.index)):
+    parts, own = _parts(lifetimes), {t.index: t for t in lifetimes}
+    wholes = _with_parts(lifetimes, parts)
+    for t in sorted(wholes, key=lambda t: (-t.nbytes, t.first, t.index)):
         size = aligned(t.nbytes)
         if size == 0:
             offsets[t.index] = 0
@@ -175,8 +210,10 @@ def _place_largest_first(lifetimes: Sequence[Lifetime]) -> tuple[dict[int, int],
         start = _first_gap(placed, t, size)
         offsets[t.index] = start
         end = max(end, start + size)
-        bisect.insort(placed, (start, start + size, t.first, t.last))
-    return offsets, end
+        bisect.insort(placed, (start, start + size, own[t.index].first, t.last))
+        for p in parts.get(t.index, ()):
+            bisect.insort(placed, (start + p.at, start + p.at + p.nbytes, p.first, p.last))
+    return _with_offsets_of_parts(offsets, parts), end
 
 
 def _first_gap(placed: list[tuple[int, int, int, int]], t: Lifetime, size: int) -> int:
@@ -221,6 +258,8 @@ def check_plan(lifetimes: Sequence[Lifetime], plan: Plan) -> None:
         start = plan.offsets[t.index]
         if t.nbytes == 0:
             continue
+        if t.whole is not None and start != plan.offsets.get(t.whole, -1) + t.at:
+            raise _wrong(f"buffer {t.index} ({t.label}) is not where its whole {t.whole} has it")
         if start % 64 != 0:
             raise _wrong(f"buffer {t.index} ({t.label}) starts at {start}, which is not aligned")
         if start < 0 or start + t.nbytes > plan.arena_bytes:

@@ -43,13 +43,14 @@ Orders = tuple[tuple[int, ...], ...]
 
 def claim(node: Node) -> Claim | str | None:
     """The C for a library node, or why there is none; None where nobody knows the op."""
-    from . import attention, copies, embedding, pooling
+    from . import attention, copies, embedding, packing, pooling
 
     claimers: tuple[Claimer, ...] = (
         attention.claim,
         embedding.claim,
         copies.claim,
         pooling.claim,
+        packing.claim,
     )
     return next((found for c in claimers if (found := c(node)) is not None), None)
 

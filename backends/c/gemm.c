@@ -49,6 +49,7 @@ enum {
     TILES = 512 << 10,       /* about the most bytes of tiles that wait for the next block of K */
     PACK_ROWS = 96,          /* rows of A that are packed together where they are neighbours in memory */
     REUSED = SS_LANES == 8 ? 128 : INT32_MAX, /* columns from which on packing A pays in any case */
+    FEW = 48,                /* rows up to which it does not: they stay in the cache where they are */
     PACK_A = 20, PACK_B = 16, /* cost of packing one element, in multiply-adds */
     ALONE = 1 << 17,         /* multiply-adds below which one thread is faster */
     LARGE = 1 << 25,         /* multiply-adds from which on each thread has SHARE parts */
@@ -229,7 +230,7 @@ static Shape shape_of(const ss_gemm *g) {
     s = of_length(s, g->k);
     const int even = g->k % 2 == 0 && g->grouping != SS_GROUPS_OF_SUM;
     s.direct = g->a_col == 1 && !g->a_sum && (g->type == SS_F32 || (s.pairs && even));
-    s.direct = s.direct && (s.amx ? s.width == s.units : batches(g) * g->n < REUSED);
+    s.direct = s.direct && (s.amx ? s.width == s.units : g->m <= FEW || batches(g) * g->n < REUSED);
     s.mc = least(MC / s.rows, blocks(g->m, s.rows)) * s.rows;
     const int64_t fit = TILES / (4 * s.mc * s.cols), all = batches(g) * blocks(g->n, s.cols);
     s.panels = most(1, least(s.width <= KC ? least(fit, GROUP) : fit, all));
@@ -314,10 +315,9 @@ static Panel panel_of(const Shape *s, const Part *p, int64_t q) {
     return (Panel){q / across, j, least(s->cols, p->j1 - j)};
 }
 
-/* Packs panels [q, q + count) of B; `step` is how many bytes its matrices are apart. */
+/* Packs panels [q, q + count) of B, one each `floats`; `step` is how many bytes its matrices are apart. */
 static void pack_b(const Shape *s, Source b, int64_t step, const Part *p, int64_t q, int64_t count,
-                   const Block *k, float *panels) {
-    const int64_t floats = panel_floats(s);
+                   const Block *k, float *panels, int64_t floats) {
     const char *start = b.p;
     const Panel first = panel_of(s, p, q), last = panel_of(s, p, q + count - 1);
     const int whole = first.batch == last.batch && last.cols == s->cols;
@@ -339,6 +339,11 @@ static void pack_b(const Shape *s, Source b, int64_t step, const Part *p, int64_
             pack(b, k->u, k->units, s->k, at.j, at.cols, s->cols, s->pairs, out);
         }
     }
+}
+
+/* Where panel `q` of a packed B begins: all panels of one block of K, then those of the next. */
+static int64_t packed_at(const Shape *s, const Block *k, int64_t q) {
+    return (k->u * blocks(s->g->n, s->cols) + q * k->wide) * s->cols;
 }
 
 /* tiles[rows, cols] (+)= A[rows, block of K] * panel. */
@@ -388,7 +393,7 @@ static void product(const Shape *s, Source left, Source right, int64_t step, Par
     float *panels = scratch, *packed = panels + GROUP * panel_floats(s);
     const Tiles tiles = {packed + packed_floats(s), s->panels * s->cols};
     const int64_t all = p.count * blocks(p.j1 - p.j0, s->cols);
-    const int64_t high = even(p.i1 - p.i0, s->mc, s->rows);
+    const int64_t high = even(p.i1 - p.i0, s->mc, s->rows), floats = panel_floats(s);
     Block k;
     for (int64_t i = p.i0; i < p.i1; i += high) {
         const int64_t rows = least(high, p.i1 - i);
@@ -400,10 +405,12 @@ static void product(const Shape *s, Source left, Source right, int64_t step, Par
                     pack_a(s, left, i, rows, &k, packed);
                 }
                 for (int64_t q = 0; q < count; q++) {
-                    const float *panel = panels + q % GROUP * panel_floats(s);
+                    const float *panel = panels + q % GROUP * floats;
                     const Tiles own = {tiles.p + q * s->cols, tiles.stride};
-                    if (q % GROUP == 0)
-                        pack_b(s, right, step, &p, from + q, least(GROUP, count - q), &k, panels);
+                    if (s->g->b_packed)
+                        panel = (const float *)right.p + packed_at(s, &k, p.j0 / s->cols + from + q);
+                    else if (q % GROUP == 0)
+                        pack_b(s, right, step, &p, from + q, least(GROUP, count - q), &k, panels, floats);
                     multiply(s, left, packed, i, rows, &k, panel_of(s, &p, from + q).cols, panel, own);
                 }
             }
@@ -467,7 +474,7 @@ static void part(const Job *job, Part p, float *scratch) {
 /* About how long a part of `rows` x `cols` takes: multiply-adds and the packing of both sides. */
 static double part_cost(const Shape *s, int64_t rows, int64_t cols) {
     const double a = s->direct ? 0 : PACK_A * (double)rows;
-    const double b = PACK_B * (double)cols * blocks(rows, s->mc);
+    const double b = s->g->b_packed ? 0 : PACK_B * (double)cols * blocks(rows, s->mc);
     return ((double)rows * cols + a + b) * s->units;
 }
 
@@ -539,4 +546,29 @@ void ss_gemm_run(const ss_gemm *g, const void *a, const void *b, const int32_t *
     job.parts = job.c.groups * job.c.down * job.c.across;
     job.lanes = used == 1 ? 1 : ss_threads() > threads ? threads : 0;
     ss_parallel(take, &job, job.lanes ? job.lanes : job.parts);
+}
+
+typedef struct {
+    Shape s;
+    Source b;
+    float *out;
+} Packing;
+
+static void pack_some(void *context, int64_t group, int64_t worker) {
+    (void)worker;
+    const Packing *job = context;
+    const Shape *s = &job->s;
+    const int64_t q = group * GROUP, count = least(GROUP, blocks(s->g->n, s->cols) - q);
+    const Part whole = {.count = 1, .i1 = s->g->m, .j1 = s->g->n};
+    Block k;
+    for (int64_t u = 0; u < s->units; u += s->block) {
+        start_block(s, (Source){0}, job->b, u, &k);
+        float *panels = job->out + packed_at(s, &k, q);
+        pack_b(s, job->b, 0, &whole, q, count, &k, panels, k.wide * s->cols);
+    }
+}
+
+void ss_gemm_pack(const ss_gemm *g, const void *b, void *packed) {
+    Packing job = {shape_of(g), {b, g->type, g->b_row, g->b_col, g->b_sum, g->b_cols}, packed};
+    ss_parallel(pack_some, &job, blocks(blocks(g->n, job.s.cols), GROUP));
 }

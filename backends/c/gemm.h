@@ -32,6 +32,7 @@ typedef struct {
     int64_t groups;
     const ss_digits *a_sum;             /* instead of a_col, or 0 */
     const ss_digits *b_sum, *b_cols;    /* instead of b_row and b_col, or 0 */
+    int b_packed;                       /* whether B is as `ss_gemm_pack` wrote it */
 } ss_gemm;
 
 /* Bytes of scratch that each thread needs. */
@@ -41,6 +42,9 @@ int64_t ss_gemm_scratch(const ss_gemm *g);
  * `groups` numbers; ends beyond what they divide count as its size. */
 void ss_gemm_run(const ss_gemm *g, const void *a, const void *b, const int32_t *ends,
                  void *const *buffers, void *scratch, int64_t threads);
+
+/* B of one product in the order in which the product reads it, for many that share it. */
+void ss_gemm_pack(const ss_gemm *g, const void *b, void *packed);
 
 /* Images in frames of zeros: `size[0]` x `size[1]` images, of each the first `size[2..4]` elements, at
  * `before` in a row-major image of `framed` elements. */

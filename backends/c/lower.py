@@ -155,7 +155,8 @@ class _Emitter:
     # -- instructions --------------------------------------------------------------------------
 
     def emit(self) -> Lowered:
-        instructions = [self.instruction(u) for u in self.order.units]
+        units = [u for u in self.order.units if u.nodes[0].node not in self.order.joins.nodes]
+        instructions = [self.instruction(u) for u in units]
         copies = tuple(
             Copy(self.region(ref), self.whole(old), f"new {old.label}")
             for ref, old in self.order.late
@@ -263,7 +264,22 @@ class _Emitter:
         for r in (*outputs, *(c.source for c in copies)):
             first.setdefault(r.buffer, end)
             last[r.buffer] = end
-        return [Lifetime(b.index, b.nbytes, first[b], last[b], b.label) for b in self.arena]
+        parts: dict[Buffer, tuple[Buffer, int]] = {}
+        for base, (whole, at) in self.order.joins.places.items():
+            part, home = self.buffer_of(base), self.buffer_of(whole)
+            parts[part] = home, at
+            begin = first.setdefault(home, end)  # nobody may read it
+            last[home] = max(last.get(home, end), last[part])
+            last[part] = begin - 1
+        return [self.lifetime(b, first[b], last[b], parts.get(b)) for b in self.arena]
+
+    def lifetime(
+        self, b: Buffer, first: int, last: int, place: tuple[Buffer, int] | None
+    ) -> Lifetime:
+        if place is None:
+            return Lifetime(b.index, b.nbytes, first, last, b.label)
+        whole, at = place
+        return Lifetime(b.index, b.nbytes, first, last, b.label, whole.index, at)
 
     # -- source --------------------------------------------------------------------------------
 

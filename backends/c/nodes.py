@@ -20,6 +20,7 @@ import torch
 
 from shoestring.ir import Function, Kind, Loc, Number, Op, Value, lookup, operand_values, run_op
 
+from . import packing
 from .claims import Orders, result_orders
 from .convolutions import role_of
 from .expressions import HALVES, has_expression, scalar_fill
@@ -150,6 +151,8 @@ class WorkList:
     nexts: dict[Value, Ref] = field(default_factory=dict[Value, Ref])
     refused: Mapping[Op, str] = field(default_factory=dict[Op, str])
     constants: dict[object, Base] = field(default_factory=dict[object, Base])
+    shared: set[Value] = field(default_factory=set[Value])
+    packed: dict[Value, Ref] = field(default_factory=dict[Value, Ref])
 
     def forget(self) -> None:
         """Unties nodes from what they make, so that memory is free without a search for cycles."""
@@ -261,7 +264,7 @@ class WorkList:
             made = self.base(torch.float32, r.type.static_shape, label)
         else:
             made = self.base(r.type.dtype, r.type.static_shape, describe(r, op), value=r)
-        matrices = tuple(self.materialized(self.refs[v], op) for v in matrices_of(op))
+        matrices = tuple(self.materialized(self.side(v, op), op) for v in matrices_of(op))
         self.add(Work.PRODUCT, op.name, op, matrices, [made])
         whole = Ref(made, row_major(made.shape))
         if bias is not None:
@@ -272,6 +275,19 @@ class WorkList:
             self.add(Work.POINTWISE, "aten.add.Tensor", op, (whole, added), [out], {})
             whole = Ref(out, row_major(out.shape))
         self.refs[r] = whole
+
+    def side(self, v: Value, op: Op) -> Ref:
+        """A side of a product; packed, if it is the right one of many."""
+        ref = self.refs[v]
+        if v not in self.shared or v is not matrices_of(op)[1] or ref.wide is not None:
+            return ref
+        if v not in self.packed:
+            label = f"packed {ref.base.label}"
+            out = self.base(torch.float32, (packing.packed_floats(ref.shape),), label)
+            pack = Op(lookup("aten.clone.default"), (v,), {}, (), op.loc)
+            self.add(Work.LIBRARY, packing.NAME, pack, (ref,), [out])
+            self.packed[v] = Ref(out, row_major(ref.shape))
+        return self.packed[v]
 
     def widen(self, op: Op) -> bool:
         """A half as f32, without code; False for other ops."""
@@ -441,7 +457,7 @@ def normalize(function: Function, refused: Mapping[Op, str] | None = None) -> Wo
         function: with static shapes.
         refused: products that are left to the library, and why.
     """
-    work = WorkList(function, refused=refused or {})
+    work = WorkList(function, refused=refused or {}, shared=packing.shared_sides(function))
     for index, p in enumerate(function.params):
         t = p.value.type
         label = f"{p.role.value} {p.path}"

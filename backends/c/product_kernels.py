@@ -12,11 +12,11 @@ from .expressions import rounded
 from .groups import Placed
 from .kernels import Kernel, KernelWriter, Loop
 from .nodes import Node, Ref
-from .products import AXES, axes_of, grouping_of, sides_of
+from .packing import is_packed
+from .products import AXES, TYPES, axes_of, grouping_of, sides_of
 from .sides import Digits, Frame, Numbers, Side, stride_of, written_out
 
 ROWS, COLS, KC, MC, GROUP, TILES = 32, 48, 384, 264, 4, 512 << 10  # at least those of gemm.c
-TYPES = {torch.float32: "SS_F32", torch.bfloat16: "SS_BF16"}
 
 
 class ProductWriter(KernelWriter):
@@ -112,6 +112,8 @@ class ProductWriter(KernelWriter):
         for name, digits in self.sides.lists().items():
             lists += f"    static const ss_digits {name} = {_digits(digits)};  // sizes, strides\n"
             named += f"        .{name} = &{name},\n"
+        if is_packed(b.ref):
+            named += "        .b_packed = 1,\n"
         return (
             f"{lists}    static const ss_gemm g = {{\n"
             f"        {matrices}, {rows}, {images * cols}, {self.sides.summed},"

@@ -28,7 +28,7 @@ Axes = tuple[Run, Run, Run, Run]
 PRODUCTS = frozenset({"aten.mm.default", "aten.bmm.default"})
 BIASED = frozenset({"aten.addmm.default", "aten.baddbmm.default"})
 GROUPED = "aten._grouped_mm.default"
-TYPES = frozenset({torch.float32, torch.bfloat16})
+TYPES = {torch.float32: "SS_F32", torch.bfloat16: "SS_BF16"}  # by their names in gemm.h
 LEAST = 4  # rows and columns; below, a product is a sum over memory, which the library does better
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from .atoms import Atoms
 from .groups import Unit
+from .joining import Joins, joins
 from .nodes import Base, Ref, WorkList
 from .overwriting import overwritten, same_position
 
@@ -20,11 +21,13 @@ class Order:
         in_place: base -> the one whose storage it is written into: a parameter, or what is last
             read by the kernel that makes it.
         late: the other next values; copied when everything else is done.
+        joins: what is written as a part of something larger.
     """
 
     units: list[Unit]
     in_place: dict[Base, Base]
     late: list[tuple[Ref, Base]]
+    joins: Joins
 
 
 @dataclass
@@ -47,13 +50,14 @@ def schedule(work: WorkList, units: list[Unit], atoms: Atoms, stored: set[Base])
     order = scheduler.run()
     in_place = {n: old for n, (old, _) in candidates.items() if n not in scheduler.dropped}
     kept = _kept(work) | set(in_place)
-    in_place |= overwritten(order, stored, kept, atoms)
+    joined = joins(work, kept)
+    in_place |= overwritten(order, stored, kept | joined.bases, atoms)
     late = [
         (ref, work.refs[value].base)
         for value, ref in work.nexts.items()
         if ref.base not in in_place
     ]
-    return Order(order, in_place, late)
+    return Order(order, in_place, late, joined)
 
 
 def _task(unit: Unit, stored: set[Base]) -> _Task:

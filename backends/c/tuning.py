@@ -30,8 +30,7 @@ from .convolutions import role_of
 from .library import bind_call, way_of
 from .nodes import Node, Work, normalize
 from .openmp import considerate
-from .product_kernels import TYPES
-from .products import is_product, matrices_of, sides_of
+from .products import TYPES, is_product, matrices_of, sides_of
 from .sides import DIGITS, count_of, stride_of, written_out
 
 WORTH = 1 << 25  # FLOPs below which nothing is measured

@@ -77,3 +77,45 @@ def test_an_enclosed_buffer_is_found() -> None:
     ]
     with pytest.raises(BackendError, match="both alive"):
         check_plan(lifetimes, Plan({0: 0, 1: 1024, 2: 512}, 2048, 0, 0, ()))
+
+
+def with_parts(count: int, seed: int) -> list[Lifetime]:
+    """Random buffers, some of which are made of parts that are there before the whole is."""
+    r = random.Random(seed)
+    found = random_lifetimes(count, seed)
+    for t in found[::10]:
+        parts = r.randrange(2, 6)
+        first = t.first + 10
+        whole = Lifetime(t.index, 128 * parts, first, first + r.randrange(20), t.label)
+        found[t.index] = whole
+        for p in range(parts):
+            begin = r.randrange(first)
+            part = Lifetime(
+                len(found), 128, begin, first - 1, f"{p} of {t.label}", t.index, 128 * p
+            )
+            found.append(part)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_plans_with_parts_are_valid(seed: int) -> None:
+    lifetimes = with_parts(200, seed)
+    plan = plan_memory(lifetimes)
+    assert plan.peak_bytes <= plan.arena_bytes <= 2 * plan.peak_bytes
+    for t in lifetimes:
+        if t.whole is not None:
+            assert plan.offsets[t.index] == plan.offsets[t.whole] + t.at
+
+
+def test_a_place_is_free_until_its_part_begins() -> None:
+    parts = [Lifetime(i + 1, 1024, [0, 8, 8, 8][i], 9, f"part {i}", 0, 1024 * i) for i in range(4)]
+    others = [Lifetime(i + 5, 1024, 1, 7, f"other {i}") for i in range(3)]
+    plan = plan_memory([Lifetime(0, 4096, 10, 12, "whole"), *parts, *others])
+    assert plan.arena_bytes == plan.peak_bytes == 4096
+
+
+def test_a_part_that_is_elsewhere_is_found() -> None:
+    lifetimes = [Lifetime(0, 256, 5, 6, "whole"), Lifetime(1, 128, 0, 4, "part", 0, 128)]
+    plan = plan_memory(lifetimes)
+    with pytest.raises(BackendError, match="is not where its whole"):
+        check_plan(lifetimes, replace(plan, offsets={0: 0, 1: 0}))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from shoestring.backends.c import CBackend, CExecutable
 from shoestring.backends.c.build import HERE, find_compiler, flags
+from shoestring.backends.c.packing import MOST_ROWS, packed_floats
 from shoestring.backends.c.product_kernels import COLS, scratch_of
 from shoestring.backends.instructions import CallKernel
 from shoestring.ir import Builder, Function, Role, TensorType, Value, parse, parse_type
@@ -347,6 +348,14 @@ int64_t product(void *a, void *b, void *ends, float *c, const int64_t *s, void *
     if (scratch) ss_gemm_run(&g, a, b, ends, buffers, scratch, 2);
     return ss_gemm_scratch(&g);
 }
+void packed_product(void *a, void *b, void *panels, float *c, const int64_t *s, void *scratch) {
+    int64_t size[2] = {s[1], s[2]};
+    void *buffers[2] = {c, size};
+    ss_gemm g = {1, s[1], s[2], s[3], s[4], 0, s[6], s[7], 0, s[9], s[10], store};
+    ss_gemm_pack(&g, b, panels);
+    g.b_packed = 1;
+    ss_gemm_run(&g, a, panels, 0, buffers, scratch, 2);
+}
 """
 
 
@@ -389,6 +398,25 @@ def test_groups_on_paths_of_other_machines(path: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_a_packed_side_gives_the_same_bits(path: str, tmp_path: Path) -> None:
+    """On every machine, and within the room that is planned for it."""
+    library = library_of(path, tmp_path)
+    for (m, k, n), dtype in itertools.product(
+        [(4, 1, 4), (7, 33, 50), (33, 32, 31), (64, 96, 48), (32, 769, 257), (129, 385, 500)],
+        TOLERANCE,
+    ):
+        for left, right in itertools.product([False, True], repeat=2):
+            x, y = values((m, k), dtype, left), values((k, n), dtype, right)
+            numbers = [1, m, n, k, kind_of(x), 0, *x.stride(), 0, *y.stride(), 0, 0]
+            wanted = run(library, x, y, None, x.double() @ y.double(), numbers)
+            room = packed_floats((k, n))
+            panels = torch.full((room + 64,), torch.nan)
+            panels[room:] = 7
+            assert torch.equal(run(library, x, y, panels, wanted, numbers, packed=True), wanted)
+            assert panels[room:].eq(7).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_scratch_is_enough_on_every_machine(path: str, tmp_path: Path) -> None:
     """What is planned covers what the tiles of any machine need."""
     library = library_of(path, tmp_path)
@@ -422,15 +450,16 @@ def kind_of(x: torch.Tensor) -> int:
 
 def run(
     library: ctypes.CDLL, x: torch.Tensor, y: torch.Tensor, ends: torch.Tensor | None,
-    like: torch.Tensor, numbers: list[int],
+    like: torch.Tensor, numbers: list[int], *, packed: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """The product of gemm.c, in f64."""
+    """The product of gemm.c, in f64; a packed side goes to what `ends` is otherwise."""
     out = torch.full(like.shape, torch.nan)
     sizes = (ctypes.c_int64 * 13)(*numbers)
     given = [x, y, ends, out]
     pointers = [ctypes.c_void_p(t.data_ptr() if t is not None else None) for t in given]
     scratch = torch.empty(2 * library.product(*pointers, sizes, None), dtype=torch.uint8)
-    library.product(*pointers, sizes, ctypes.c_void_p(scratch.data_ptr()))
+    call = library.packed_product if packed else library.product
+    call(*pointers, sizes, ctypes.c_void_p(scratch.data_ptr()))
     return out.double()
 
 
@@ -440,6 +469,30 @@ def test_tile_registers_compile(tmp_path: Path) -> None:
                str(HERE), "-S", str(HERE / "gemm.c"), "-o", "gemm.s"]  # fmt: skip
     subprocess.run(command, cwd=tmp_path, check=True)
     assert "tdpbf16ps" in (tmp_path / "gemm.s").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("rows", [5, 32, 128, 129])
+def test_a_side_that_many_products_share_is_packed_once(
+    dtype: str, turned: bool, rows: int
+) -> None:
+    """A recurrence, whose weight is updated in place: later products read what was packed."""
+    b = Builder("recurrence")
+    x = b.param(parse_type(f"{dtype}[{rows},70]"), Role.BATCH, "x")
+    w = b.param(parse_type(f"{dtype}[70,70]"), Role.PARAMETER, "w")
+    bias = b.param(parse_type(f"{dtype}[70]"), Role.PARAMETER, "bias")
+    side, h = turn(b, w, 2) if turned else w, x
+    for _ in range(3):
+        h = b.emit("aten.tanh.default", b.emit("aten.addmm.default", bias, h, side))
+        h = b.emit("aten.tanh.default", b.emit("aten.mm.default", h, side))
+    b.replace_state(w, b.emit("aten.mul.Tensor", w, 0.5))
+    b.output("out", h)
+    function = b.build()
+    given = [t / 8 for t in arguments(function)]
+    executable = check(function, given)
+    packs = [k for k in kernels(executable) if "pack" in k]
+    assert len(packs) == (rows <= MOST_ROWS)
 
 
 def test_a_bias_is_added_before_the_product_is_rounded() -> None:

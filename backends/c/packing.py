@@ -1,0 +1,69 @@
+"""Right sides that many small products share, packed once for all of them.
+
+A product reads its right side in panels, which it packs first: of a few rows, as in each step of a
+recurrence, that takes as long as half of the multiplications.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from shoestring.ir import DTYPE_NAMES, Function, Op, Value
+
+from .claims import Claim
+from .convolutions import role_of
+from .layout import row_major
+from .products import GROUPED, TYPES, is_product, matrices_of
+
+if TYPE_CHECKING:
+    from .nodes import Node, Ref
+
+NAME = "pack"
+USES = 4  # fewer products do not share
+MOST_ROWS = 128  # of the left side; more make up for packing
+COLS, UNITS = 48, 16  # at least what gemm.c rounds columns and K up to
+
+
+def shared_sides(function: Function) -> set[Value]:
+    """The right sides that are packed before they are used."""
+    products = (op for op in function.ops if is_product(op) and _has_few_rows(op))
+    uses = Counter(matrices_of(op)[1] for op in products)
+    return {v for v, count in uses.items() if count >= USES}
+
+
+def _has_few_rows(op: Op) -> bool:
+    if role_of(op) is not None or op.name == GROUPED or op.result.type.rank != 2:
+        return False
+    return op.result.type.static_shape[0] <= MOST_ROWS
+
+
+def packed_floats(shape: Sequence[int]) -> int:
+    """Room for a right side [K, N], on any machine."""
+    summed, cols = shape
+    return (summed + UNITS) * (cols + COLS)
+
+
+def is_packed(side: Ref) -> bool:
+    return side.base.node is not None and side.base.node.name == NAME
+
+
+def claim(node: Node) -> Claim | None:
+    """The kernel that packs."""
+    if node.name != NAME:
+        return None
+    (side,), (out,) = node.refs, node.outs
+    (summed, cols), (row, col) = side.shape, side.layout.strides
+    body = f"""\
+    static const ss_gemm g = {{
+        1, 1, {cols}, {summed}, {TYPES[side.dtype]},  // matrices, rows, columns, summed
+        0, 0, 0,  // A
+        0, {row}, {col},  // B
+    }};
+    ss_gemm_pack(&g, b[0], b[1]);"""
+    shape = f"{DTYPE_NAMES[side.dtype]}[{summed},{cols}]"
+    comment = f"// packed for all products with it: {shape} {side.base.label}"
+    whole = replace(side, base=out, layout=row_major(out.shape))
+    return Claim(NAME, comment, body, (side, whole), (1,))
