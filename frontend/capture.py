@@ -8,6 +8,7 @@ the code refers to in whatever way (tied weights, `_flat_weights`, closures) is 
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from shoestring.ir import Function, Param, Phase, Role, Tracer, Value, type_of
 from shoestring.ir.errors import CaptureError, ShoestringError
 from shoestring.ir.tracing.sparse import touched_rows
-from shoestring.ir.tracing.tracer import memory_of
+from shoestring.ir.tracing.tracer import CALLED_AS, memory_of
 
 from .bindings import (
     BatchBinding,
@@ -153,6 +154,7 @@ def _capture_step(
     model = session.model
     with session.running():
         arguments = session.batch(batch)
+        _refuse_signature(loss_fn, model, arguments)
         loss, metrics = _split_loss(loss_fn(model, *arguments))
         session.tracer.locator.phase = Phase.BACKWARD
         grads = session.gradients(loss, optimizer, options)
@@ -406,6 +408,17 @@ def _trained_through(function: Function) -> set[Value]:
 
 def _has_gradient(v: Value) -> bool:
     return v.type.dtype.is_floating_point or v.type.dtype.is_complex
+
+
+def _refuse_signature(loss_fn: LossFn, model: torch.nn.Module, batch: Sequence[Any]) -> None:
+    """Refuses a function that takes other arguments, such as `loss_fn(output, target)`."""
+    try:
+        inspect.signature(loss_fn).bind(model, *batch)
+    except TypeError as error:
+        what = f"the loss function takes other arguments than the model and the batch: {error}"
+        raise CaptureError("SS1004", what, "", CALLED_AS) from error
+    except ValueError:
+        return  # built in, without a signature
 
 
 def _split_loss(result: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -108,10 +109,10 @@ class TensorType:
         Raises:
             IRError: SS2001 where a dimension is symbolic.
         """
-        dims = tuple(d for d in self.shape if isinstance(d, int))
-        if len(dims) != len(self.shape):
-            raise IRError("SS2001", f"a static shape is required, found {self}")
-        return dims
+        for d in self.shape:  # asked for all the time
+            if not isinstance(d, int):
+                raise IRError("SS2001", f"a static shape is required, found {self}")
+        return cast("tuple[int, ...]", self.shape)
 
     @property
     def numel(self) -> int:

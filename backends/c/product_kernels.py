@@ -113,7 +113,7 @@ class ProductWriter(KernelWriter):
             lists += f"    static const ss_digits {name} = {_digits(digits)};  // sizes, strides\n"
             named += f"        .{name} = &{name},\n"
         if is_packed(b.ref):
-            named += "        .b_packed = 1,\n"
+            named += "        .b_packed = 1,  // by ss_gemm_pack\n"
         return (
             f"{lists}    static const ss_gemm g = {{\n"
             f"        {matrices}, {rows}, {images * cols}, {self.sides.summed},"

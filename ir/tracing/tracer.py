@@ -589,9 +589,8 @@ class Tracer(TorchDispatchMode):
         if "data is not allocated yet" in message[0]:
             what = "PyTorch reads a tensor's value here"
             return CaptureError("SS1001", what, where, _READS_VALUE)
-        return CaptureError(
-            "SS1004", f"the program failed while it was traced: {message[0]}", where
-        )
+        what = f"the program failed while it was traced: {message[0]}"
+        return CaptureError("SS1004", what, where, "" if user else CALLED_AS)
 
     def refusal(self, code: str, what: str, hint: str = "") -> CaptureError:
         return CaptureError(code, what, str(self.locator.here()), hint)
@@ -605,6 +604,7 @@ def memory_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     return (where, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
+CALLED_AS = "a loss is called as loss_fn(model, *batch), a model as model(*example_inputs)"
 _HIGHER_ORDER = re.compile(r"no rule registered for HigherOrderOperator (\w+)")
 _DEVICE: OpOverload = torch.ops.prim.device.default
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)

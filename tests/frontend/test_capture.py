@@ -173,6 +173,16 @@ def test_user_exceptions_pass_with_a_code() -> None:
     assert "missing" in str(refused("SS1004", "missing", Net(), (X,), loss_fn))
 
 
+@pytest.mark.parametrize(
+    "loss_fn",
+    [lambda output, target: F.mse_loss(output, target), nn.MSELoss(), F.mse_loss],
+    ids=["arguments", "module", "function"],
+)
+def test_a_loss_of_output_and_target_is_refused_with_its_form(loss_fn: Any) -> None:
+    error = refused("SS1004", "", Net(), (X, X), loss_fn)
+    assert "loss_fn(model, *batch)" in error.hint
+
+
 def test_unknown_custom_operator() -> None:
     library = torch.library.Library("shoestring_test", "FRAGMENT")
     library.define("twice(Tensor x) -> Tensor")
