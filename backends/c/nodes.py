@@ -264,7 +264,10 @@ class WorkList:
             made = self.base(torch.float32, r.type.static_shape, label)
         else:
             made = self.base(r.type.dtype, r.type.static_shape, describe(r, op), value=r)
-        matrices = tuple(self.materialized(self.side(v, op), op) for v in matrices_of(op))
+        sides = [self.refs[v] for v in matrices_of(op)]
+        if packing.takes_packed(op):
+            sides[1] = self.right_side(matrices_of(op)[1], op)
+        matrices = tuple(self.materialized(s, op) for s in sides)
         self.add(Work.PRODUCT, op.name, op, matrices, [made])
         whole = Ref(made, row_major(made.shape))
         if bias is not None:
@@ -276,10 +279,10 @@ class WorkList:
             whole = Ref(out, row_major(out.shape))
         self.refs[r] = whole
 
-    def side(self, v: Value, op: Op) -> Ref:
-        """A side of a product; packed, if it is the right one of many."""
+    def right_side(self, v: Value, op: Op) -> Ref:
+        """The right one of two matrices, packed if many products share it."""
         ref = self.refs[v]
-        if v not in self.shared or v is not matrices_of(op)[1] or ref.wide is not None:
+        if v not in self.shared or ref.wide is not None:
             return ref
         if v not in self.packed:
             label = f"packed {ref.base.label}"

@@ -29,15 +29,15 @@ COLS, UNITS = 48, 16  # at least what gemm.c rounds columns and K up to
 
 def shared_sides(function: Function) -> set[Value]:
     """The right sides that are packed before they are used."""
-    products = (op for op in function.ops if is_product(op) and _has_few_rows(op))
-    uses = Counter(matrices_of(op)[1] for op in products)
+    products = (op for op in function.ops if is_product(op) and takes_packed(op))
+    few = (op for op in products if op.result.type.static_shape[0] <= MOST_ROWS)
+    uses = Counter(matrices_of(op)[1] for op in few)
     return {v for v, count in uses.items() if count >= USES}
 
 
-def _has_few_rows(op: Op) -> bool:
-    if role_of(op) is not None or op.name == GROUPED or op.result.type.rank != 2:
-        return False
-    return op.result.type.static_shape[0] <= MOST_ROWS
+def takes_packed(op: Op) -> bool:
+    """Whether a product is of two matrices: no batch, no groups, no images."""
+    return role_of(op) is None and op.name != GROUPED and op.result.type.rank == 2
 
 
 def packed_floats(shape: Sequence[int]) -> int:

@@ -7,6 +7,7 @@ import itertools
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -493,6 +494,27 @@ def test_a_side_that_many_products_share_is_packed_once(
     executable = check(function, given)
     packs = [k for k in kernels(executable) if "pack" in k]
     assert len(packs) == (rows <= MOST_ROWS)
+
+
+def test_a_packed_side_is_a_left_side_and_a_group_s_too() -> None:
+    """What is packed for some readers is where it was for all others."""
+    b = Builder("powers")
+    w = b.param(parse_type("f32[32,32]"), Role.BATCH, "w")
+    ends = b.param(parse_type("i32[2]"), Role.BATCH, "ends")
+    power = w
+    for _ in range(5):
+        power = b.emit("aten.mm.default", power, w)
+    b.output("left", b.emit("aten.mm.default", w, power))
+    b.output("sums", b.emit("aten._grouped_mm.default", power, w, ends, None))
+    b.output("batch", b.emit("aten.bmm.default", *[b.emit("aten.unsqueeze.default", w, dim=0)] * 2))
+    image = b.emit("aten.view.default", w, size=(4, 8, 2, 16))
+    weight = b.emit("aten.view.default", w, size=(32, 8, 2, 2))
+    attrs = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "transposed": False}
+    given: dict[str, Any] = {**attrs, "output_padding": (0, 0), "groups": 1}
+    b.output("convolved", b.emit("aten.convolution.default", image, weight, None, **given))
+    ends_given = torch.tensor([10, 32], dtype=torch.int32)
+    executable = check(b.build(), [torch.randn(32, 32) / 6, ends_given])
+    assert len([k for k in kernels(executable) if "pack" in k]) == 1
 
 
 def test_a_bias_is_added_before_the_product_is_rounded() -> None:
