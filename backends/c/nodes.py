@@ -313,9 +313,9 @@ class WorkList:
         ordered = op.opdef.kind in ROW_MAJOR and ref.layout.strides != row_major(ref.shape).strides
         if not ordered and ref.wide is None:
             return ref
-        if ref.base.constant is None:
-            return self.contiguous(ref, op)
         held, at = ref.base.constant, ref.layout
+        if held is None or not held.dim() or at.numel > LARGEST_CONSTANT:
+            return self.contiguous(ref, op)
         view = held.as_strided(at.shape, at.strides, at.offset).to(ref.dtype)
         return self.constant(view.contiguous(), f"copy of {ref.base.label}")
 

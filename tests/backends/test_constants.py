@@ -67,3 +67,9 @@ def test_libraries_read_repeated_constants() -> None:
 def test_a_constant_is_a_result_and_a_next_value() -> None:
     executable = run(lambda x: (mask(40), mask(40)[0], x * 2), torch.randn(3))
     assert sizes(executable) == [(1, 1, 40, 40)]
+
+
+def test_a_number_that_a_library_reads_takes_memory_during_the_step_only() -> None:
+    executable = run(lambda x: aten.grid_sampler_2d(x, aten.zeros([2, 50, 50, 2]), 0, 0, False),
+                     torch.randn(2, 3, 9, 9))  # fmt: skip
+    assert sizes(executable) == []
