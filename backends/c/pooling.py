@@ -62,7 +62,11 @@ def _comment(what: str, out: Base, node: Node) -> str:
 
 
 def _scatter(grad: Ref, out: Base) -> str:
-    """One plane at a time, in the order of the windows. Places beyond a plane are left out."""
+    """One plane at a time, in the order of the windows.
+
+    The place that PyTorch gives a window without elements is outside of the plane, and its own
+    gradient writes there; here it is left out.
+    """
     size, count = math.prod(out.shape[-2:]), math.prod(grad.shape[-2:])
     planes = math.prod(out.shape[:-2])
     kind = MEMORY[out.dtype]
