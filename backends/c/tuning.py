@@ -173,6 +173,7 @@ class _Gemm(ctypes.Structure):
         ("grouping", ctypes.c_int),
         ("groups", ctypes.c_int64),
         *((name, ctypes.POINTER(_Digits)) for name in ("a_sum", "b_sum", "b_cols")),
+        ("b_packed", ctypes.c_int),
     ]
 
 

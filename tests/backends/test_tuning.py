@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from shoestring.backends.c import CBackend, CExecutable, tuning
+from shoestring.backends.c.build import HERE, find_compiler, flags
 from shoestring.backends.c.tuning import Times, Trial, slower_products, times_of
 from shoestring.backends.instructions import CallKernel, CallTorch
 from shoestring.ir import Function, Op, TensorType, Value, trace
@@ -117,3 +120,16 @@ def test_small_ones_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "WORTH", 1 << 40)
     monkeypatch.setattr(tuning, "_measured", lambda op: pytest.fail("measured"))
     assert not slower_products(program(2, torch.float32))
+
+
+def test_structures_are_those_of_c(tmp_path: Path) -> None:
+    """A field that Python lacks would be read from behind the structure."""
+    found = {"ss_gemm": tuning._Gemm, "ss_frame": tuning._Frame, "ss_digits": tuning._Digits}
+    numbers = ", ".join(f"sizeof({name})" for name in found)
+    source = f'#include "gemm.h"\nconst int64_t sizes[] = {{{numbers}}};\n'
+    (tmp_path / "sizes.c").write_text(source)
+    command = [find_compiler(), *flags(), "-I", str(HERE), "-shared", "sizes.c", "-o", "sizes.so"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    library = ctypes.CDLL(str(tmp_path / "sizes.so"))
+    sizes = (ctypes.c_int64 * len(found)).in_dll(library, "sizes")
+    assert list(sizes) == [ctypes.sizeof(s) for s in found.values()]
