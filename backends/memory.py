@@ -133,13 +133,16 @@ def plan_memory(lifetimes: Sequence[Lifetime]) -> Plan:
     Raises:
         BackendError: SS4301, a bug of the planner that the checker found.
     """
-    in_order, end = _place_in_order(lifetimes)
+    parts = _parts(lifetimes)
+    in_order, end = _place_in_order(lifetimes, parts)
     peak, at = _peak(lifetimes)
     best, size = in_order, end
     if end > peak and len(lifetimes) <= LARGEST_FIRST_LIMIT:
-        offsets, other = _place_largest_first(lifetimes)
+        offsets, other = _place_largest_first(lifetimes, parts)
         if other < end:
             best, size = offsets, other
+    for whole, own in parts.items():
+        best.update((p.index, best[whole] + p.at) for p in own)
     alive = [t for t in lifetimes if t.first <= at <= t.last and t.nbytes]
     alive.sort(key=lambda t: (-t.nbytes, t.index))
     holders = tuple(Holder(t.label, t.nbytes) for t in alive)
@@ -152,7 +155,10 @@ def plan_memory(lifetimes: Sequence[Lifetime]) -> Plan:
 LARGEST_FIRST_LIMIT = 4000
 
 
-def _parts(lifetimes: Sequence[Lifetime]) -> dict[int, list[Lifetime]]:
+Parts = Mapping[int, Sequence[Lifetime]]
+
+
+def _parts(lifetimes: Sequence[Lifetime]) -> Parts:
     """Whole -> the buffers that are parts of it."""
     found: dict[int, list[Lifetime]] = {}
     for t in lifetimes:
@@ -161,9 +167,7 @@ def _parts(lifetimes: Sequence[Lifetime]) -> dict[int, list[Lifetime]]:
     return found
 
 
-def _with_parts(
-    lifetimes: Sequence[Lifetime], parts: Mapping[int, Sequence[Lifetime]]
-) -> Iterator[Lifetime]:
+def _with_parts(lifetimes: Sequence[Lifetime], parts: Parts) -> Iterator[Lifetime]:
     """What has a place of its own; a whole is alive from its first part on."""
     for t in lifetimes:
         if t.whole is None:
@@ -171,10 +175,9 @@ def _with_parts(
             yield replace(t, first=first) if first < t.first else t
 
 
-def _place_in_order(lifetimes: Sequence[Lifetime]) -> tuple[dict[int, int], int]:
+def _place_in_order(lifetimes: Sequence[Lifetime], parts: Parts) -> tuple[dict[int, int], int]:
     free, offsets = _FreeList(), dict[int, int]()
     dying: list[tuple[int, int, int]] = []
-    parts = _parts(lifetimes)
     for t in sorted(_with_parts(lifetimes, parts), key=lambda t: (t.first, -t.nbytes, t.index)):
         while dying and dying[0][0] < t.first:
             _, start, size = heapq.heappop(dying)
@@ -185,22 +188,14 @@ def _place_in_order(lifetimes: Sequence[Lifetime]) -> tuple[dict[int, int], int]
             continue
         offsets[t.index] = free.take(size)
         heapq.heappush(dying, (t.last, offsets[t.index], size))
-    return _with_offsets_of_parts(offsets, parts), free.end
+    return offsets, free.end
 
 
-def _with_offsets_of_parts(
-    offsets: dict[int, int], parts: Mapping[int, Sequence[Lifetime]]
-) -> dict[int, int]:
-    for whole, own in parts.items():
-        offsets.update((p.index, offsets[whole] + p.at) for p in own)
-    return offsets
-
-
-def _place_largest_first(lifetimes: Sequence[Lifetime]) -> tuple[dict[int, int], int]:
+def _place_largest_first(lifetimes: Sequence[Lifetime], parts: Parts) -> tuple[dict[int, int], int]:
     """A place in a whole is free until the part begins that belongs there."""
     placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last; sorted
     offsets, end = dict[int, int](), 0
-    parts, own = _parts(lifetimes), {t.index: t for t in lifetimes}
+    own = {t.index: t for t in lifetimes}
     wholes = _with_parts(lifetimes, parts)
     for t in sorted(wholes, key=lambda t: (-t.nbytes, t.first, t.index)):
         size = aligned(t.nbytes)
@@ -213,7 +208,7 @@ def _place_largest_first(lifetimes: Sequence[Lifetime]) -> tuple[dict[int, int],
         bisect.insort(placed, (start, start + size, own[t.index].first, t.last))
         for p in parts.get(t.index, ()):
             bisect.insort(placed, (start + p.at, start + p.at + p.nbytes, p.first, p.last))
-    return _with_offsets_of_parts(offsets, parts), end
+    return offsets, end
 
 
 def _first_gap(placed: list[tuple[int, int, int, int]], t: Lifetime, size: int) -> int:

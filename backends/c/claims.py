@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shoestring.ir import Op
+from shoestring.ir import DTYPE_NAMES, Op
 
 if TYPE_CHECKING:
     from .nodes import Node, NodeOperand, Ref
@@ -53,6 +53,14 @@ def claim(node: Node) -> Claim | str | None:
         packing.claim,
     )
     return next((found for c in claimers if (found := c(node)) is not None), None)
+
+
+def comment_of(what: str, node: Node) -> str:
+    """A kernel's comment: what it does, and to which of the user's values."""
+    out = node.outs[0]
+    shape = ",".join(map(str, out.shape))
+    place = f"%{node.op.results[0].name}, {node.loc.module}"
+    return f"// {what}: {DTYPE_NAMES[out.dtype]}[{shape}] {place}"
 
 
 def result_orders(op: Op, operands: tuple[NodeOperand, ...]) -> Orders | None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from shoestring.ir import DTYPE_NAMES, Op
+from shoestring.ir import Op
 
-from .claims import Claim
+from .claims import Claim, comment_of
 from .expressions import MEMORY
 from .layout import Layout, first_of_slice, row_major
 from .nodes import Node, Ref
@@ -46,12 +46,8 @@ def claim(node: Node) -> Claim | str | None:
     lines += [f"{kind} *restrict out = b[{len(used)}];"]
     for piece in pieces:
         lines += _loops(piece)
-    shape = ",".join(map(str, out.shape))
     stem = node.op.name.split(".")[1]
-    comment = (
-        f"// {stem}: {DTYPE_NAMES[out.dtype]}[{shape}] %{node.op.results[0].name}, "
-        f"{node.loc.module}"
-    )
+    comment = comment_of(stem, node)
     return Claim(stem, comment, "\n".join(f"    {x}" for x in lines), pointers, (len(used),))
 
 

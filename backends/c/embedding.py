@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from shoestring.ir import DTYPE_NAMES
-
-from .claims import Claim
+from .claims import Claim, comment_of
 from .expressions import REGISTER
 from .layout import row_major
 from .nodes import Node, Ref
@@ -30,10 +28,7 @@ def claim(node: Node) -> Claim | str | None:
     if any(r.layout.strides != row_major(r.shape).strides for r in (grad, indices)):
         return "operands in another order"
     table = Ref(node.outs[0], row_major(node.outs[0].shape))
-    comment = (
-        f"// rows added up by their index: {DTYPE_NAMES[table.dtype]}"
-        f"[{','.join(map(str, table.shape))}] %{node.op.results[0].name}, {node.loc.module}"
-    )
+    comment = comment_of("rows added up by their index", node)
     body = _body(grad, indices, table, node.op.attr("padding_idx"))
     return Claim("embedding_backward", comment, body, (grad, indices, table), (2,))
 

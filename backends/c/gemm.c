@@ -443,12 +443,17 @@ static int64_t begin(const Job *job, int64_t e, int64_t size) {
     return e == 0 ? 0 : least(most(job->ends[e - 1], 0), size);
 }
 
+/* B of the matrix at `p`. */
+static Source right_of(const ss_gemm *g, const void *p) {
+    return (Source){p, g->type, g->b_row, g->b_col, g->b_sum, g->b_cols};
+}
+
 /* A part, group by group. */
 static void part(const Job *job, Part p, float *scratch) {
     const ss_gemm *g = job->s.g;
     const int64_t size = g->type == SS_F32 ? 4 : 2, step = g->b_batch * size;
     Source left = {job->a + p.first * g->a_batch * size, g->type, g->a_col, g->a_row, g->a_sum, 0};
-    Source right = {job->b + p.first * step, g->type, g->b_row, g->b_col, g->b_sum, g->b_cols};
+    Source right = right_of(g, job->b + p.first * step);
     if (g->grouping == SS_GROUPS_OF_ROWS) {
         for (int64_t e = 0; e < g->groups; e++) {
             Part own = p;
@@ -569,6 +574,6 @@ static void pack_some(void *context, int64_t group, int64_t worker) {
 }
 
 void ss_gemm_pack(const ss_gemm *g, const void *b, void *packed) {
-    Packing job = {shape_of(g), {b, g->type, g->b_row, g->b_col, g->b_sum, g->b_cols}, packed};
+    Packing job = {shape_of(g), right_of(g, b), packed};
     ss_parallel(pack_some, &job, blocks(blocks(g->n, job.s.cols), GROUP));
 }

@@ -64,7 +64,7 @@ def joins(work: WorkList, kept: set[Base]) -> Joins:
 def _is_in_order(node: Node) -> bool:
     """Whether the parts follow each other in memory."""
     (out,) = node.outs
-    return bool(out.nbytes) and math.prod(out.shape[: node.attrs["dim"] % len(out.shape)]) == 1
+    return bool(out.nbytes) and math.prod(out.shape[: node.op.attr("dim") % len(out.shape)]) == 1
 
 
 def _parts(node: Node) -> Iterator[tuple[Base, int]]:

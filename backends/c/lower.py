@@ -264,22 +264,17 @@ class _Emitter:
         for r in (*outputs, *(c.source for c in copies)):
             first.setdefault(r.buffer, end)
             last[r.buffer] = end
-        parts: dict[Buffer, tuple[Buffer, int]] = {}
+        parts: dict[Buffer, tuple[int, int]] = {}
         for base, (whole, at) in self.order.joins.places.items():
             part, home = self.buffer_of(base), self.buffer_of(whole)
-            parts[part] = home, at
+            parts[part] = home.index, at
             begin = first.setdefault(home, end)  # nobody may read it
             last[home] = max(last.get(home, end), last[part])
             last[part] = begin - 1
-        return [self.lifetime(b, first[b], last[b], parts.get(b)) for b in self.arena]
-
-    def lifetime(
-        self, b: Buffer, first: int, last: int, place: tuple[Buffer, int] | None
-    ) -> Lifetime:
-        if place is None:
-            return Lifetime(b.index, b.nbytes, first, last, b.label)
-        whole, at = place
-        return Lifetime(b.index, b.nbytes, first, last, b.label, whole.index, at)
+        return [
+            Lifetime(b.index, b.nbytes, first[b], last[b], b.label, *parts.get(b, (None, 0)))
+            for b in self.arena
+        ]
 
     # -- source --------------------------------------------------------------------------------
 

@@ -18,7 +18,18 @@ from typing import Any
 
 import torch
 
-from shoestring.ir import Function, Kind, Loc, Number, Op, Value, lookup, operand_values, run_op
+from shoestring.ir import (
+    Function,
+    Kind,
+    Loc,
+    Number,
+    Op,
+    Operand,
+    Value,
+    lookup,
+    operand_values,
+    run_op,
+)
 
 from . import packing
 from .claims import Orders, result_orders
@@ -264,9 +275,10 @@ class WorkList:
             made = self.base(torch.float32, r.type.static_shape, label)
         else:
             made = self.base(r.type.dtype, r.type.static_shape, describe(r, op), value=r)
-        sides = [self.refs[v] for v in matrices_of(op)]
+        values = matrices_of(op)
+        sides = [self.refs[v] for v in values]
         if packing.takes_packed(op):
-            sides[1] = self.right_side(matrices_of(op)[1], op)
+            sides[1] = self.right_side(values[1], op)
         matrices = tuple(self.materialized(s, op) for s in sides)
         self.add(Work.PRODUCT, op.name, op, matrices, [made])
         whole = Ref(made, row_major(made.shape))
@@ -287,8 +299,7 @@ class WorkList:
         if v not in self.packed:
             label = f"packed {ref.base.label}"
             out = self.base(torch.float32, (packing.packed_floats(ref.shape),), label)
-            pack = Op(lookup("aten.clone.default"), (v,), {}, (), op.loc)
-            self.add(Work.LIBRARY, packing.NAME, pack, (ref,), [out])
+            self.add(Work.LIBRARY, packing.NAME, _clone((v,), op.loc), (ref,), [out])
             self.packed[v] = Ref(out, row_major(ref.shape))
         return self.packed[v]
 
@@ -336,8 +347,7 @@ class WorkList:
         """
         taken: set[Base] = set()
         for o in self.function.outputs:
-            op = Op(lookup("aten.clone.default"), (o.value,), {}, (), Loc())
-            self.refs[o.value] = self.in_memory(self.refs[o.value], op)
+            self.refs[o.value] = self.in_memory(self.refs[o.value], _clone((o.value,), Loc()))
         for p in self.function.params:
             if p.next is None or p.next is p.value:
                 continue
@@ -348,8 +358,7 @@ class WorkList:
                 or ref.base in taken
                 or ref.layout != row_major(ref.base.shape)
             ):
-                op = Op(lookup("aten.clone.default"), (p.next,), {}, (), Loc())
-                ref = self.contiguous(ref, op)
+                ref = self.contiguous(ref, _clone((p.next,), Loc()))
                 ref.base.label = f"new {p.path}"
             taken.add(ref.base)
             self.nexts[p.value] = ref
@@ -357,7 +366,7 @@ class WorkList:
     def contiguous(self, source: Ref, op: Op) -> Ref:
         out = self.base(source.dtype, source.shape, f"copy of {source.base.label}")
         work = Work.POINTWISE if is_plain(source.dtype) and source.layout.numel else Work.LIBRARY
-        clone = Op(lookup("aten.clone.default"), op.operands[:1], {}, (), op.loc)
+        clone = _clone(op.operands[:1], op.loc)
         self.add(work, clone.name, clone, (source,), [out])
         return Ref(out, row_major(out.shape))
 
@@ -433,6 +442,11 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(integer), b.view(integer))
 
 
+def _clone(operands: tuple[Operand, ...], loc: Loc) -> Op:
+    """The op of work that the program does not name: a copy."""
+    return Op(lookup("aten.clone.default"), operands, {}, (), loc)
+
+
 def _per_channel(x: Layout, rank: int) -> Layout:
     """A vector that the second of `rank` dimensions walks."""
     behind = (1,) * (rank - 2)
@@ -500,7 +514,7 @@ def _parts(node: Node, readers: Counter[Base]) -> list[tuple[Base, Layout]] | No
     None unless all are made by one node that can write anywhere, and read by nobody else.
     """
     (out,), at = node.outs, 0
-    dim = node.attrs["dim"] % max(len(out.shape), 1)
+    dim = node.op.attr("dim") % max(len(out.shape), 1)
     parts: list[tuple[Base, Layout]] = []
     for ref in node.refs:
         maker = ref.base.node

@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from shoestring.ir import DTYPE_NAMES, Op
+from shoestring.ir import Op
 
-from .claims import Claim
+from .claims import Claim, comment_of
 from .expressions import MEMORY, REGISTER, load, rounded, store
 from .layout import row_major
 from .nodes import Base, Node, Ref
@@ -37,7 +37,7 @@ def _forward(node: Node) -> Claim | str:
     if values.shape[-1] > WIDEST or x.shape[-1] * x.shape[-2] >= LARGEST:
         return "larger than this kernel's images"
     results = tuple(Ref(out, row_major(out.shape)) for out in (values, indices))
-    comment = _comment("the largest of each window", values, node)
+    comment = comment_of("the largest of each window", node)
     return Claim("max_pool2d", comment, _body(node.op, x, values.shape), (x, *results), (1, 2))
 
 
@@ -50,15 +50,9 @@ def _backward(node: Node) -> Claim | str:
         return "no elements"
     if any(r.layout.strides != row_major(r.shape).strides for r in (grad, indices)):
         return "an operand in another order"
-    comment = _comment("gradients go to the largest of each window", out, node)
+    comment = comment_of("gradients go to the largest of each window", node)
     pointers = (grad, indices, Ref(out, row_major(out.shape)))
     return Claim("max_pool2d_backward", comment, _scatter(grad, out), pointers, (2,))
-
-
-def _comment(what: str, out: Base, node: Node) -> str:
-    shape = ",".join(map(str, out.shape))
-    place = f"%{node.op.results[0].name}, {node.loc.module}"
-    return f"// {what}: {DTYPE_NAMES[out.dtype]}[{shape}] {place}"
 
 
 def _scatter(grad: Ref, out: Base) -> str:

@@ -12,11 +12,11 @@ from .expressions import rounded
 from .groups import Placed
 from .kernels import Kernel, KernelWriter, Loop
 from .nodes import Node, Ref
-from .packing import is_packed
+from .packing import COLS, is_packed
 from .products import AXES, TYPES, axes_of, grouping_of, sides_of
 from .sides import Digits, Frame, Numbers, Side, stride_of, written_out
 
-ROWS, COLS, KC, MC, GROUP, TILES = 32, 48, 384, 264, 4, 512 << 10  # at least those of gemm.c
+ROWS, KC, MC, GROUP, TILES = 32, 384, 264, 4, 512 << 10  # at least those of gemm.c
 
 
 class ProductWriter(KernelWriter):

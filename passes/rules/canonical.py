@@ -108,10 +108,10 @@ IDENTITIES = rules(
 )
 
 
-def _filled(m: Match, fill: Number) -> Term:
-    if not m.result.is_static:
+def _filled(type_: TensorType, fill: Number) -> Term:
+    if not type_.is_static:
         return None
-    return op("aten.full.default", size=m.result.shape, fill_value=fill, dtype=m.result.dtype)
+    return op("aten.full.default", size=type_.shape, fill_value=fill, dtype=type_.dtype)
 
 
 def _fill(name: str, fill: Number | None = None) -> Rule:
@@ -119,7 +119,7 @@ def _fill(name: str, fill: Number | None = None) -> Rule:
 
     def replacement(m: Match) -> Term:
         own = fill if fill is not None else _own_fill(m.root)
-        return None if own is None else _filled(m, own)
+        return None if own is None else _filled(m.result, own)
 
     operands = tuple(anything(o) for o in lookup(name).operand_names)
     return Rule(Pattern(name, operands, {}), replacement)
@@ -156,7 +156,7 @@ def _sizes_only(name: str) -> Rule:
     def replacement(m: Match) -> Term:
         given: list[Term] = list(m.root.operands)
         for i in places:
-            given[i] = _zeros_like(m.type(operands[i].name))
+            given[i] = _filled(m.type(operands[i].name), 0)
         return op(name, *given, **m.root.attrs)
 
     def reads_elements(m: Match) -> bool:
@@ -165,10 +165,6 @@ def _sizes_only(name: str) -> Rule:
         return static and any(p is None or p.inputs for p in made)
 
     return Rule(Pattern(name, operands, {}), replacement, reads_elements)
-
-
-def _zeros_like(type_: TensorType) -> Pattern:
-    return op("aten.full.default", size=type_.shape, fill_value=0, dtype=type_.dtype)
 
 
 SIZES_ONLY = rules(*map(_sizes_only, (d.name for d in REGISTRY.values() if d.sizes_only)))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from shoestring.backends import Backend, get_backend
 from shoestring.backends.c import CBackend, CExecutable
-from shoestring.ir import Function, verify
+from shoestring.ir import Function, TensorType, trace, verify
 
 
 def tolerance(dtype: torch.dtype) -> tuple[float, float]:
@@ -45,6 +46,11 @@ def difference(
         pairs = list(zip(found[bad].tolist(), wanted[bad].tolist(), strict=True))[:4]
         return f"{str(error).splitlines()[0]} (found, wanted): {pairs}"
     return ""
+
+
+def traced(f: Callable[..., Any], arguments: Sequence[torch.Tensor]) -> Function:
+    """What `f` does to tensors of these types."""
+    return trace(f, [TensorType(t.dtype, tuple(t.shape)) for t in arguments], "f")
 
 
 def compare(

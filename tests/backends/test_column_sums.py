@@ -12,8 +12,8 @@ from shoestring.backends.c import CBackend
 from shoestring.backends.c.levels import block_rows
 from shoestring.ir import parse
 
-from .helpers import compare, copies
-from .test_decompositions import check, randn, traced
+from .helpers import compare, copies, traced
+from .test_decompositions import check, randn
 
 aten = torch.ops.aten
 ROWS = [32, 33, 127, 1024, 1031, 20000]

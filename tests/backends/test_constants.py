@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from shoestring.backends.c import CExecutable
-from shoestring.ir import TensorType, trace
 
-from .helpers import compare
+from .helpers import compare, traced
 
 aten = torch.ops.aten
 
@@ -22,8 +21,7 @@ def sizes(executable: CExecutable) -> list[tuple[int, ...]]:
 
 
 def run(f: Callable[..., Any], *tensors: Tensor) -> CExecutable:
-    types = [TensorType(t.dtype, tuple(t.shape)) for t in tensors]
-    return compare(trace(f, types, "f"), list(tensors), rtol=0, atol=0)
+    return compare(traced(f, tensors), tensors, rtol=0, atol=0)
 
 
 def mask(n: int) -> Tensor:

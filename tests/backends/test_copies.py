@@ -14,7 +14,7 @@ from shoestring.backends.c import CBackend
 from shoestring.backends.instructions import CallKernel
 from shoestring.ir import TensorType, trace
 
-from .helpers import compare
+from .helpers import compare, traced
 
 aten = torch.ops.aten
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int8,
@@ -23,8 +23,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int
 
 def run(f: Callable[..., Tensor], *tensors: Tensor) -> bool:
     """Compares with PyTorch's, to the bit; whether generated kernels did all of it."""
-    types = [TensorType(t.dtype, tuple(t.shape)) for t in tensors]
-    executable = compare(trace(f, types, "f"), list(tensors), rtol=0, atol=0)
+    executable = compare(traced(f, tensors), tensors, rtol=0, atol=0)
     return all(isinstance(i, CallKernel) for i in executable.instructions)
 
 

@@ -12,20 +12,15 @@ from torch import Tensor
 from shoestring.backends.c import CBackend, CExecutable
 from shoestring.backends.c.decompositions import BODIES, decompose
 from shoestring.backends.instructions import CallKernel
-from shoestring.ir import Function, TensorType, interpret, trace
+from shoestring.ir import interpret
 
-from .helpers import compare
+from .helpers import compare, traced
 
 aten = torch.ops.aten
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WIDE = [torch.float64, torch.float32]
 # Sums that cancel leave more than a few units in the last place.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
-
-
-def traced(f: Callable[..., Any], arguments: Sequence[Tensor]) -> Function:
-    types = [TensorType(t.dtype, tuple(t.shape)) for t in arguments]
-    return trace(f, types, "f")
 
 
 def check(f: Callable[..., Any], *arguments: Tensor, loose: float = 1) -> CExecutable:

@@ -8,18 +8,17 @@ from torch import Tensor
 
 from shoestring.backends.c import CBackend
 from shoestring.backends.instructions import CallKernel
-from shoestring.ir import Role, TensorType, trace
+from shoestring.ir import Role
 
-from .helpers import compare
+from .helpers import compare, traced
 
 aten = torch.ops.aten
 
 
 def run(grad: Tensor, rows: Tensor, count: int, padding: int = -1, scale: bool = False) -> bool:
     """Compares with PyTorch's; whether a generated kernel did it."""
-    types = [TensorType(t.dtype, tuple(t.shape)) for t in (grad, rows)]
-    function = trace(
-        lambda g, r: aten.embedding_dense_backward(g, r, count, padding, scale), types, "f"
+    function = traced(
+        lambda g, r: aten.embedding_dense_backward(g, r, count, padding, scale), (grad, rows)
     )
     assert all(p.role is Role.BATCH for p in function.params)
     executable = compare(function, [grad, rows], rtol=1e-5, atol=1e-5)
@@ -49,8 +48,7 @@ def test_what_is_left_to_pytorch() -> None:
 def test_threads_do_not_change_the_gradient() -> None:
     torch.manual_seed(0)
     grad, rows = torch.randn(5000, 130), torch.randint(0, 600, (5000,))
-    types = [TensorType(t.dtype, tuple(t.shape)) for t in (grad, rows)]
-    f = trace(lambda g, r: aten.embedding_dense_backward(g, r, 600, -1, False), types, "f")
+    f = traced(lambda g, r: aten.embedding_dense_backward(g, r, 600, -1, False), (grad, rows))
     executable = CBackend().compile(f)
     before = torch.get_num_threads()
     try:

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from shoestring.backends.c import CExecutable
-from shoestring.ir import Builder, Role, TensorType, parse_type, trace
+from shoestring.ir import Builder, Role, parse_type
 
-from .helpers import compare
+from .helpers import compare, traced
 
 aten = torch.ops.aten
 
 
 def run(f: Callable[..., Any], *tensors: Tensor) -> CExecutable:
-    types = [TensorType(t.dtype, tuple(t.shape)) for t in tensors]
-    return compare(trace(f, types, "f"), list(tensors), rtol=1e-5, atol=1e-5)
+    return compare(traced(f, tensors), tensors, rtol=1e-5, atol=1e-5)
 
 
 def copies(executable: CExecutable) -> int:

@@ -10,19 +10,15 @@ from torch import Tensor
 
 from shoestring.backends.c import CBackend
 from shoestring.backends.instructions import CallKernel
-from shoestring.ir import TensorType, trace
+from shoestring.ir import Function
 
-from .helpers import compare
+from .helpers import compare, traced
 
 aten = torch.ops.aten
 
 
 def run(x: Tensor, kernel: list[int], *options: object) -> None:
-    function = trace(
-        lambda x: aten.max_pool2d_with_indices(x, kernel, *options),
-        [TensorType(x.dtype, tuple(x.shape))],
-        "pool",
-    )
+    function = traced(lambda x: aten.max_pool2d_with_indices(x, kernel, *options), [x])
     executable = compare(function, [x], rtol=0, atol=0)
     assert all(isinstance(i, CallKernel) for i in executable.instructions)
     run_backward(x, kernel, *options)
@@ -35,15 +31,17 @@ def run_backward(x: Tensor, kernel: list[int], *options: object) -> None:
         return  # of a window without elements: PyTorch's gradient writes outside of its memory
     given = [*options, *([], [0, 0], [1, 1], False)[len(options) :]]
     arguments = [torch.randn_like(values), x, indices]
-
-    def backward(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-        found: Tensor = aten.max_pool2d_with_indices_backward(grad, x, kernel, *given, indices)
-        return found
-
-    types = [TensorType(t.dtype, tuple(t.shape)) for t in arguments]
-    executable = compare(trace(backward, types, "pool"), arguments, rtol=0, atol=0)
+    executable = compare(gradient(arguments, kernel, *given), arguments, rtol=0, atol=0)
     (call,) = executable.instructions
     assert isinstance(call, CallKernel) and len(call.pointers) == 3
+
+
+def gradient(arguments: list[Tensor], *options: object) -> Function:
+    def f(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+        found: Tensor = aten.max_pool2d_with_indices_backward(grad, x, *options, indices)
+        return found
+
+    return traced(f, arguments)
 
 
 def test_gradients_of_windows_without_elements_go_nowhere() -> None:
@@ -52,14 +50,8 @@ def test_gradients_of_windows_without_elements_go_nowhere() -> None:
     options = ([2, 2], [2, 3], [1, 1], [3, 1], True)
     values, indices = aten.max_pool2d_with_indices(x, *options)
     assert indices.max() == 4 and values.isinf().all()
-
-    def backward(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-        found: Tensor = aten.max_pool2d_with_indices_backward(grad, x, *options, indices)
-        return found
-
     arguments = [torch.ones_like(values), x, indices]
-    types = [TensorType(t.dtype, tuple(t.shape)) for t in arguments]
-    (found,) = CBackend().compile(trace(backward, types, "pool")).run(arguments)
+    (found,) = CBackend().compile(gradient(arguments, *options)).run(arguments)
     assert found.eq(0).all()
 
 
