@@ -40,6 +40,7 @@ HEADERS = (
     "pool.h",
     "attention.h",
     "attention_kernel.h",
+    "trial.h",
     "run.h",
 )
 # Written by hand, compiled once for a machine: what every library is linked with, and what those

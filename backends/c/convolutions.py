@@ -6,20 +6,26 @@ channel + tap + image + place lead. So each of the three products needs no copy 
     result[o, (n, p)]     = sum over (i, t)   weight[o, (i, t)]    x[(i, t), (n, p)]
     grad of x[i, (n, p)]  = sum over (o, t)   weight[(o, t), i]    grad[(o, t reversed), (n, p)]
     grad of weight[o, (i, t)] = sum over (n, p)   grad[o, (n, p)]  x[(n, p), (i, t)]
+
+Where windows are several elements apart, an element of x meets only every so many taps: which ones,
+its phase says. So the gradient of x is one product a phase, and none multiplies the zeros that are
+between the elements of grad. A transposed convolution is the gradient of one, and its gradients are
+one, and one's gradient of the weight.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from shoestring.ir import Op
+from shoestring.ir import Op, TensorType, Value
 
 from .layout import row_major
-from .sides import Digits, Frame, Side, Sides, count_of, simplified
+from .sides import Frame, Numbers, Side, Sides, Target, count_of, simplified
 
 if TYPE_CHECKING:
     from .nodes import Node, Ref
@@ -28,10 +34,11 @@ FORWARD, BACKWARD = "aten.convolution.default", "aten.convolution_backward.defau
 SPATIAL = 3  # dimensions of every image here; those that it does not have are of size 1
 LEAST = 4  # channels in a row of the product; of fewer, the library makes more
 MANY = 32  # places of an image that fill the columns of a product
+PHASES = 9  # the most products that a gradient falls apart into
 
 
 class Role(Enum):
-    """Which of the three products of a convolution."""
+    """Which of the three products: a transposed convolution has those of its gradient."""
 
     RESULT = "result"
     INPUT = "gradient of the input"
@@ -41,6 +48,16 @@ class Role(Enum):
 Mask = tuple[bool, bool, bool]
 
 
+@dataclass(frozen=True)
+class Convolution:
+    """A product: what it is, its sides, and the type of what it makes."""
+
+    role: Role
+    left: Value
+    right: Value
+    result: TensorType
+
+
 def role_of(op: Op, mask: Mask | None = None) -> Role | None:
     """The product that an op is; None where it is not one that generated code takes.
 
@@ -48,26 +65,42 @@ def role_of(op: Op, mask: Mask | None = None) -> Role | None:
         op: any.
         mask: which gradients are asked for, if not those of the op's own `output_mask`.
     """
+    found = convolution_of(op, mask)
+    if found is None or op.attr("groups") != 1:
+        return None
+    weight = op.inputs[1 if op.name == FORWARD else 2]
+    rank = weight.type.rank - 2
+    if not 1 <= rank <= SPATIAL or any(v.type.rank != rank + 2 for v in op.inputs[:2]):
+        return None
+    row = found.role is Role.INPUT
+    alike = not row or _phases_are_alike(op, found.result.static_shape[2:])
+    return found.role if alike and weight.type.static_shape[row] >= LEAST else None
+
+
+def convolution_of(op: Op, mask: Mask | None = None) -> Convolution | None:
+    """An op as one product, whoever computes it; None where it is none, or several."""
     if op.name == FORWARD:
-        role, grad, x, weight = Role.RESULT, op.result, op.inputs[0], op.inputs[1]
-    elif op.name == BACKWARD:
-        to_x, to_weight, to_bias = mask or op.attr("output_mask")
-        if to_bias or to_x == to_weight:
-            return None
-        role = Role.INPUT if to_x else Role.WEIGHT
-        grad, x, weight = op.inputs[:3]
-    else:
+        x, weight = op.inputs[:2]
+        role = Role.INPUT if op.attr("transposed") else Role.RESULT
+        return Convolution(role, weight, x, op.result.type)
+    if op.name != BACKWARD:
         return None
-    shape = weight.type.static_shape
-    rank = len(shape) - 2
-    if op.attr("transposed") or op.attr("groups") != 1 or not 1 <= rank <= SPATIAL:
+    to_x, to_weight, to_bias = mask or op.attr("output_mask")
+    if to_bias or to_x == to_weight:
         return None
-    if any(v.type.rank != rank + 2 for v in (grad, x)):
-        return None
-    if role is not Role.INPUT:
-        return role if shape[0] >= LEAST else None
-    whole = max(_spatial(op, "stride", rank)) == 1 and min(_reversed_padding(op, shape[2:])) >= 0
-    return role if whole and shape[1] >= LEAST else None
+    grad, x, weight = op.inputs[:3]
+    if to_x:
+        role = Role.RESULT if op.attr("transposed") else Role.INPUT
+        return Convolution(role, weight, grad, x.type)
+    sides = (x, grad) if op.attr("transposed") else (grad, x)
+    return Convolution(Role.WEIGHT, *sides, weight.type)
+
+
+def _phases_are_alike(op: Op, size: Sequence[int]) -> bool:
+    """Whether the phases of an input's gradient are few, and equally large."""
+    steps, gaps = strides_of(op), _spatial(op, "dilation", len(size))
+    numbers = list(zip(_spatially(size), steps, gaps, strict=True))
+    return math.prod(steps) <= PHASES and all(s == 1 or n % s + g == 1 for n, s, g in numbers)
 
 
 def parts_of(op: Op) -> list[Mask]:
@@ -77,102 +110,152 @@ def parts_of(op: Op) -> list[Mask]:
     return [m for m, wanted in zip(masks, mask, strict=True) if wanted]
 
 
-def by_image(shape: Sequence[int]) -> bool:
-    """Whether the places of one image fill the columns of a product; small images are joined."""
-    return math.prod(shape[2:]) >= MANY
+def strides_of(op: Op) -> Numbers:
+    """From one window to the next, in three dimensions."""
+    return _spatial(op, "stride", op.inputs[0].type.rank - 2)
 
 
-def _spatial(op: Op, name: str, rank: int, missing: int = 1) -> tuple[int, ...]:
+def by_image(places: int) -> bool:
+    """Whether the places of one image fill the columns of a product; those of fewer are joined."""
+    return places >= MANY
+
+
+def _spatial(op: Op, name: str, rank: int, missing: int = 1) -> Numbers:
     """An attribute for each of the three dimensions."""
     given = tuple(op.attr(name))
-    given = given * rank if len(given) == 1 else given
-    return (missing,) * (SPATIAL - rank) + given
+    return _spatially(given * rank if len(given) == 1 else given, missing)
 
 
-def _reversed_padding(op: Op, kernel: Sequence[int]) -> tuple[int, ...]:
-    """The zeros around the gradient that the gradient of the input is a convolution of."""
-    rank = len(kernel)
-    sizes = (1,) * (SPATIAL - rank) + tuple(kernel)
-    pads, gaps = _spatial(op, "padding", rank, 0), _spatial(op, "dilation", rank)
-    return tuple(d * (k - 1) - p for d, k, p in zip(gaps, sizes, pads, strict=True))
-
-
-def _in_three(values: Sequence[int], fill: int) -> tuple[int, ...]:
-    """Numbers of the dimensions of images, two others ahead of them, for three dimensions."""
-    return (*values[:2], *(fill,) * (SPATIAL + 2 - len(values)), *values[2:])
-
-
-def sides_of(node: Node, role: Role) -> Sides:
-    """How both sides of the product are walked."""
-    left, right = node.refs
-    geometry = _geometry(node, role)
-    shape, steps = _in_three(left.shape, 1), _in_three(left.layout.strides, 0)
-    images, channels = right.shape[:2]
-    image_step, channel_step = geometry.along[:2]
-    window = simplified([(channels, channel_step), *geometry.taps])
-    row, summed = (0, 1) if role is Role.RESULT else (1, 0)
-    rows = ((shape[row], steps[row]),)
-    sums = simplified([(shape[summed], steps[summed]), *zip(shape[2:], steps[2:], strict=True)])
-    together = simplified([(images, image_step), *geometry.places])
-    a = Side(left, 0, rows, sums)
-    if role is Role.WEIGHT:
-        b, joined = Side(right, 0, together, window), 1
-    elif by_image(node.outs[0].shape):
-        places = simplified(geometry.places)
-        b, joined = Side(right, image_step, window, places, geometry.first), 1
-    else:
-        b, joined = Side(right, 0, window, together, geometry.first), images
-    frame = geometry.frame if geometry.frame.is_needed else None
-    return Sides(a, b, count_of(sums), frame, joined)
+def _spatially(numbers: Sequence[int], missing: int = 1) -> Numbers:
+    """A number for each of the three dimensions."""
+    return (missing,) * (SPATIAL - len(numbers)) + tuple(numbers)
 
 
 @dataclass(frozen=True)
-class _Geometry:
-    """How the right side of a product is walked.
+class _Walk:
+    """How a product goes along one dimension of images.
 
     Attributes:
-        frame: the images, with the zeros around them.
-        along: the strides of the images in it: image, channel, three dimensions.
-        taps, places: size and stride of the windows and of their positions, for each dimension.
-        first: the element at which the first window begins.
+        phase: of the places that it computes.
+        tap, apart, taps: the first tap that it uses of a window, from one to the next, how many.
+        places: of windows, or of the elements that one phase has.
+        start: the element of the image that meets the first tap at the first place.
+        tap_step, place_step: how far the next tap, and the next place, is from there.
     """
 
-    frame: Frame
-    along: tuple[int, ...]
-    taps: Digits
-    places: Digits
-    first: int
+    phase: int
+    tap: int
+    apart: int
+    taps: int
+    places: int
+    start: int
+    tap_step: int
+    place_step: int
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """The first and the last element of the image; none where the last is before the first."""
+        if not self.taps:
+            return 0, -1
+        steps = [(self.taps - 1) * self.tap_step, (self.places - 1) * self.place_step]
+        before, after = (sum(f(0, s) for s in steps) for f in (min, max))
+        return self.start + before, self.start + after
 
 
-def _geometry(node: Node, role: Role) -> _Geometry:
-    left, right = node.refs
-    op, rank = node.op, len(right.shape) - 2
-    gaps, steps = _spatial(op, "dilation", rank), _spatial(op, "stride", rank)
-    left_size, out_size = _in_three(left.shape, 1)[2:], _in_three(node.outs[0].shape, 1)[2:]
-    taps, places = (out_size, left_size) if role is Role.WEIGHT else (left_size, out_size)
+Walks = list[tuple[_Walk, ...]]
+
+
+def _walks(node: Node, role: Role) -> Walks:
+    """Of each product, how it goes along the three dimensions."""
+    op, rank = node.op, len(node.refs[1].shape) - 2
+    left, out = (_spatially(shape[2:]) for shape in (node.refs[0].shape, node.outs[0].shape))
+    windows, places = (out, left) if role is Role.WEIGHT else (left, out)
+    steps, gaps = strides_of(op), _spatial(op, "dilation", rank)
+    numbers = zip(windows, places, steps, gaps, _spatial(op, "padding", rank, 0), strict=True)
     if role is Role.INPUT:
-        before = _reversed_padding(op, left.shape[2:])
-    else:
-        before = _spatial(op, "padding", rank, 0)
-    numbers = zip(places, steps, taps, gaps, strict=True)
-    frame = _frame(right, before, tuple((p - 1) * s + (t - 1) * g + 1 for p, s, t, g in numbers))
-    if frame.is_needed:
-        along = row_major((*right.shape[:2], *frame.size)).strides
-    else:
-        along = _in_three(right.layout.strides, 0)
-    tap_steps = [g * a for g, a in zip(gaps, along[2:], strict=True)]
-    first = 0
-    if role is Role.INPUT:  # the last tap comes first
-        first = sum((t - 1) * a for t, a in zip(taps, tap_steps, strict=True))
-        tap_steps = [-a for a in tap_steps]
-    place_steps = [s * a for s, a in zip(steps, along[2:], strict=True)]
-    windows, positions = zip(taps, tap_steps, strict=True), zip(places, place_steps, strict=True)
-    return _Geometry(frame, along, tuple(windows), tuple(positions), first)
+        return list(itertools.product(*(list(_backwards(*n)) for n in numbers)))
+    return [tuple(_Walk(0, 0, 1, w, p, -pad, gap, step) for w, p, step, gap, pad in numbers)]
 
 
-def _frame(images: Ref, before: tuple[int, ...], size: tuple[int, ...]) -> Frame:
-    """As much of the images as windows reach."""
-    given = _in_three(images.shape, 1)[2:]
-    before = tuple(min(b, s) for b, s in zip(before, size, strict=True))
-    inner = tuple(min(n, s - b) for n, s, b in zip(given, size, before, strict=True))
-    return Frame(before, inner, size)
+def _backwards(window: int, size: int, stride: int, gap: int, padding: int) -> Iterator[_Walk]:
+    """From the elements of an input to those of the gradient which they contributed to.
+
+    Element `phase + stride * i` met tap `tap + stride * t` in the window at `start + i - t`.
+    """
+    for phase in range(stride):
+        tap, start = (phase + padding) % stride, (phase + padding) // stride
+        taps = max(0, -(-(window - tap) // stride))
+        yield _Walk(phase, tap, stride, taps, size // stride, start, -gap, 1)
+
+
+def _in_three(values: Sequence[int], fill: int) -> Numbers:
+    """Numbers of the dimensions of images, two others ahead of them, for three dimensions."""
+    return (*values[:2], *_spatially(values[2:], fill))
+
+
+def sides_of(node: Node, role: Role) -> tuple[Sides, ...]:
+    """How both sides of a product are walked; of an input's gradient, phase by phase."""
+    walks, images = _walks(node, role), node.refs[1]
+    frame, before = _frame(images, walks)
+    if frame is None:
+        along = _in_three(images.layout.strides, 0)
+    else:
+        along = row_major((*images.shape[:2], *frame.size)).strides
+    return tuple(_sides(node, role, w, frame, before, along) for w in walks)
+
+
+def _frame(images: Ref, walks: Walks) -> tuple[Frame | None, Numbers]:
+    """The images within zeros, if those are read, and where their first element is then."""
+    reach = [[w[d].reach for w in walks] for d in range(SPATIAL)]
+    before = tuple(max(0, -min(first for first, _ in r)) for r in reach)
+    size = tuple(max(last for _, last in r) + 1 + b for r, b in zip(reach, before, strict=True))
+    zeros = tuple(min(b, s) for b, s in zip(before, size, strict=True))
+    given = _spatially(images.shape[2:])
+    inner = tuple(min(n, s - z) for n, s, z in zip(given, size, zeros, strict=True))
+    frame = Frame(zeros, inner, size)
+    return (frame if frame.is_needed else None), before
+
+
+def _sides(
+    node: Node,
+    role: Role,
+    walk: tuple[_Walk, ...],
+    frame: Frame | None,
+    before: Numbers,
+    along: Numbers,
+) -> Sides:
+    """The sides of one product; `along` are the strides of the right one in its frame."""
+    left, right = node.refs
+    shape, steps = _in_three(left.shape, 1), _in_three(left.layout.strides, 0)
+    images, channels = zip(right.shape[:2], along[:2], strict=True)
+    dims = list(zip(walk, steps[2:], along[2:], strict=True))
+    window = simplified([channels, *((w.taps, w.tap_step * a) for w, _, a in dims)])
+    places = [(w.places, w.place_step * a) for w, _, a in dims]
+    first = sum((w.start + b) * a for (w, _, a), b in zip(dims, before, strict=True))
+    row, summed = (0, 1) if role is Role.RESULT else (1, 0)
+    over = [(w.taps, w.apart * step) for w, step, _ in dims]
+    if role is Role.WEIGHT:
+        over = [(w.places, step) for w, step, _ in dims]
+        b = Side(right, 0, simplified([images, *places]), window, first)
+    elif by_image(math.prod(w.places for w in walk)):
+        b = Side(right, images[1], window, simplified(places), first)
+    else:
+        b = Side(right, 0, window, simplified([images, *places]), first)
+    sums = simplified([(shape[summed], steps[summed]), *over])
+    a = Side(left, 0, ((shape[row], steps[row]),), sums, sum(w.tap * step for w, step, _ in dims))
+    return Sides(a, b, count_of(sums), frame, tuple(w.phase for w in walk))
+
+
+def target_of(node: Node, role: Role, phase: Numbers) -> Target:
+    """Where the result of one product belongs in that of the op."""
+    shape = node.outs[0].shape
+    strides = _in_three(row_major(shape).strides, 0)
+    if role is Role.WEIGHT:
+        return Target(0, strides[0], ((math.prod(shape[1:]), 1),))
+    steps = strides_of(node.op) if role is Role.INPUT else (1,) * SPATIAL
+    dims = list(zip(_spatially(shape[2:]), steps, strides[2:], strict=True))
+    places = [(n // s, s * stride) for n, s, stride in dims]
+    offset = sum(p * stride for p, (_, _, stride) in zip(phase, dims, strict=True))
+    if by_image(math.prod(n for n, _ in places)):
+        return Target(strides[0], strides[1], simplified(places), offset)
+    return Target(0, strides[1], simplified([(shape[0], strides[0]), *places]), offset)

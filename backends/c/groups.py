@@ -20,7 +20,7 @@ from .layout import row_major
 from .levels import is_columns, join
 from .nodes import Base, Node, Ref, Work, WorkList
 from .placement import Placement
-from .products import Axes, axes_of, walks
+from .products import Axes, axes_of, split_dims, walks
 from .reductions import keeps_dims, reduced_dims
 
 KEYED = frozenset({"rng.uniform.default", "rng.bits.default"})  # random numbers of a key
@@ -143,6 +143,8 @@ class Grouping:
         """Fresh loops, one a dimension."""
         if node.work in (Work.POINTWISE, Work.PRODUCT):
             dims = [self.atoms.fresh(n) for n in node.outs[0].shape]
+            if node.work is Work.PRODUCT:
+                split_dims(self.atoms, node, dims)
             return Placed(node, dims, dims)
         source = node.refs[0]
         dims = [self.atoms.fresh(n) for n in source.shape]
@@ -388,7 +390,7 @@ def reads_whole(node: Node) -> bool:
 def _covers(atoms: Atoms, axes: Axes, placed: Placed) -> bool:
     """Whether a node has one element for each of the product's."""
     mine = atoms.resolve(placed.result_loops)
-    return set(mine) == {a for axis in axes for a in axis}
+    return set(mine) == {a for axis in axes.values() for a in axis}
 
 
 def _dims_of(placed: Placed, ref: Ref) -> list[Run]:

@@ -6,6 +6,9 @@ part stores them, with everything else of the kernel done to each element on the
 
 from __future__ import annotations
 
+import math
+from textwrap import indent
+
 import torch
 
 from .expressions import rounded
@@ -13,9 +16,14 @@ from .groups import Placed
 from .kernels import Kernel, KernelWriter, Loop
 from .nodes import Node, Ref
 from .packing import COLS, is_packed
-from .products import AXES, TYPES, axes_of, grouping_of, sides_of
-from .sides import Digits, Frame, Numbers, Side, stride_of, written_out
+from .products import AXES, COLUMNS, PHASES, TYPES, axes_of, grouping_of, sides_of
+from .sides import Digits, Frame, Numbers, Side, Sides, stride_of, written_out
 
+GIVEN = "b, batch, r0, c0, rows, cols, tile, stride"  # to an `ss_finish`
+PARAMETERS = (
+    "void *const *b, int64_t batch, int64_t r0, int64_t c0, int64_t rows,\n"
+    "                     int64_t cols, const float *tile, int64_t stride"
+)
 ROWS, KC, MC, GROUP, TILES = 32, 384, 264, 4, 512 << 10  # at least those of gemm.c
 
 
@@ -27,15 +35,12 @@ class ProductWriter(KernelWriter):
         assert product is not None, "a unit without a product has a writer of its own"
         self.product = product
         axes = axes_of(self.atoms, product.node, product.domain)
-        sizes = [self.atoms.size(axis) for axis in axes]
-        self.sizes = dict(zip(AXES, sizes, strict=True))
+        self.sizes = {axis: self.atoms.size(axes.get(axis, ())) for axis in AXES}
         self.sides = sides_of(product.node)
         self.by_column = False
         self.outer_loops = []
         self.inner_loops = [
-            Loop(name, size, axis)
-            for name, size, axis in zip(AXES, sizes, axes, strict=True)
-            if axis
+            Loop(name, self.sizes[name], axes[name]) for name in AXES if axes.get(name)
         ]
         self.index_of = {a: loop for loop in self.inner_loops for a in loop.atoms}
 
@@ -60,27 +65,59 @@ class ProductWriter(KernelWriter):
     def write(self) -> Kernel:
         self.scalars: list[str] = []
         self._epilogue()
-        helper = (
-            "static void @_finish(void *const *b, int64_t batch, int64_t r0, int64_t c0,"
-            " int64_t rows,\n                     int64_t cols, const float *tile,"
-            f" int64_t stride) {{\n{self._body_text()}\n}}\n"
-        )
-        a, b, frame = self.sides.a, self.sides.b, self.sides.frame
+        frame, images = self.sides[0].frame, self.sides[0].b.ref
+        starts = [
+            (self._start(s.a.ref, s.a.offset), self._start(s.b.ref, 0 if frame else s.b.offset))
+            for s in self.sides
+        ]
         _, _, *ends = self.product.node.refs
         groups = f"(const int32_t *)({self._start(ends[0])})" if ends else "0"
-        left, right = self._start(a.ref, a.offset), self._start(b.ref, 0 if frame else b.offset)
-        lines, framed = [self._shape()], 0
-        scratch = f"b[{len(self.pointers)}]"
+        lines, framed = list[str](), 0
+        room = scratch = f"b[{len(self.pointers)}]"
         if frame is not None:
-            framed = frame.nbytes(b.ref)
-            lines += [_frame(frame, b.ref), f"    ss_frame_run(&frame, {right}, {scratch});"]
-            right = f"(const char *){scratch}{_plus(b.offset, b.ref)}"
-            scratch = f"(char *){scratch} + {framed}"
-        cols = self.sizes["batch"] * (self.sizes["image"] * self.sizes["col"] + COLS)
+            framed = frame.nbytes(images)
+            lines += [_frame(frame, images)]
+            lines += [f"    ss_frame_run(&frame, {starts[0][1]}, {scratch});"]
+            room = f"(char *){scratch} + {framed}"
         threads = torch.get_num_threads()
-        room = threads * scratch_of(self.sizes["row"], cols, self.sides.summed)
-        lines.append(f"    ss_gemm_run(&g, {left}, {right}, {groups}, b, {scratch}, {threads});")
-        return self._finish("\n".join(lines), helper, framed + room)
+        for sides, (left, right) in zip(self.sides, starts, strict=True):
+            if frame is not None:
+                right = f"(const char *){scratch}{_plus(sides.b.offset, images)}"
+            run = f"ss_gemm_run(&g, {left}, {right}, {groups}, b, {room}, {threads});"
+            call = f"{self._shape(sides)}\n    {run}"
+            if len(self.sides) > 1:
+                call = f"    {{\n{indent(call, '    ')}\n    }}"
+            lines.append(call)
+        cols = self.sizes["batch"] * (self._columns + COLS)
+        most = max(scratch_of(self.sizes["row"], cols, s.summed) for s in self.sides)
+        return self._finish("\n".join(lines), self._helper(), framed + threads * most)
+
+    @property
+    def _columns(self) -> int:
+        return math.prod(self.sizes[axis] for axis in COLUMNS)
+
+    def _phase(self, sides: Sides) -> dict[str, int]:
+        """What a phase adds to positions, by name; nothing where there is one product."""
+        phases = dict(zip(PHASES, sides.phase, strict=False))
+        return {name: at for name, at in phases.items() if self.sizes[name] > 1}
+
+    def _store_of(self, sides: Sides) -> str:
+        """The function that stores a product."""
+        return "_".join(["@_finish", *map(str, self._phase(sides).values())])
+
+    def _helper(self) -> str:
+        """The epilogue; of several products, one that is told the phase, and what tells it."""
+        body = f" {{\n{self._body_text()}\n}}\n"
+        phases = [self._phase(sides) for sides in self.sides]
+        if len(phases) == 1:
+            return f"static void @_finish({PARAMETERS}){body}"
+        added = ", ".join(f"const int64_t {name}" for name in phases[0])
+        text = f"SS_INLINE void @_store({PARAMETERS},\n                      {added}){body}"
+        for sides, phase in zip(self.sides, phases, strict=True):
+            given = ", ".join([GIVEN, *map(str, phase.values())])
+            opened = f"static void {self._store_of(sides)}({PARAMETERS}) {{\n"
+            text += f"{opened}    @_store({given});\n}}\n"
+        return text
 
     def _epilogue(self) -> None:
         text = self.text
@@ -88,11 +125,17 @@ class ProductWriter(KernelWriter):
         text.put("const int64_t row = r0 + i;")
         text.put("#pragma omp simd")
         text.open("for (int64_t j = 0; j < cols; j++)")
-        if self.sizes["image"] > 1:
-            size = self.sizes["col"]
-            text.put(f"const int64_t image = (c0 + j) / {size}, col = (c0 + j) % {size};")
-        else:
-            text.put("const int64_t col = c0 + j;")
+        columns = [name for name in COLUMNS if self.sizes[name] > 1] or ["col"]
+        inner = self._columns
+        digits = list[str]()
+        for name in columns:
+            size = self.sizes[name]
+            inner //= size
+            over = f"(c0 + j) / {inner}" if inner > 1 else "c0 + j"
+            if name is not columns[0]:
+                over = f"({over}) % {size}" if inner == 1 else f"{over} % {size}"
+            digits.append(f"{name} = {over}")
+        text.put(f"const int64_t {', '.join(digits)};")
         self._body([], self.stores)
         text.close(2)
 
@@ -103,24 +146,24 @@ class ProductWriter(KernelWriter):
         pointer, left = self._pointer(ref.base, ref.layout.offset)
         return f"(const char *)b[{pointer.removeprefix('p')}]{_plus(left + offset, ref)}"
 
-    def _shape(self) -> str:
+    def _shape(self, sides: Sides) -> str:
         grouping, count = grouping_of(self.product.node.op)
         groups = f"        {grouping}, {count},\n" if count else ""
-        matrices, rows, images, cols = (self.sizes[axis] for axis in AXES)
-        a, b = self.sides.a, self.sides.b
+        matrices, rows = self.sizes["batch"], self.sizes["row"]
+        a, b = sides.a, sides.b
         lists, named = "", ""
-        for name, digits in self.sides.lists().items():
+        for name, digits in sides.lists().items():
             lists += f"    static const ss_digits {name} = {_digits(digits)};  // sizes, strides\n"
             named += f"        .{name} = &{name},\n"
         if is_packed(b.ref):
             named += "        .b_packed = 1,  // by ss_gemm_pack\n"
         return (
             f"{lists}    static const ss_gemm g = {{\n"
-            f"        {matrices}, {rows}, {images * cols}, {self.sides.summed},"
+            f"        {matrices}, {rows}, {self._columns}, {sides.summed},"
             f" {TYPES[a.ref.dtype]},  // matrices, rows, columns, summed\n"
             f"        {_strides(a)},  // A\n"
             f"        {_strides(b)},  // B\n"
-            f"        @_finish,\n{groups}{named}"
+            f"        {self._store_of(sides)},\n{groups}{named}"
             f"    }};"
         )
 

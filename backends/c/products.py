@@ -1,12 +1,13 @@
 """Matrix products that generated code carries out, and the loops of what follows them.
 
-A product has four axes: matrices of a batch, rows, and columns, which may be those of several
-images side by side. Its epilogue is called with blocks of rows and columns; so what the epilogue
-reads and writes must be walked by one stride an axis.
+A product has axes: matrices of a batch, rows, and columns, which may be those of several images
+side by side, or those that a stride skips to. Its epilogue is called with blocks of rows and
+columns; so what the epilogue reads and writes must be walked by one stride an axis.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,10 @@ from .sides import Sides, of_matrices
 if TYPE_CHECKING:
     from .nodes import Node
 
-AXES = ("batch", "row", "image", "col")
-Axes = tuple[Run, Run, Run, Run]
+COLUMNS = ("image", "depth", "line", "col")  # outermost first
+PHASES = ("depth0", "line0", "col0")  # what a phase adds to what lies `stride` elements apart
+AXES = ("batch", "row", *COLUMNS, *PHASES)
+Axes = dict[str, Run]
 
 PRODUCTS = frozenset({"aten.mm.default", "aten.bmm.default"})
 BIASED = frozenset({"aten.addmm.default", "aten.baddbmm.default"})
@@ -43,20 +46,14 @@ def bias_of(op: Op) -> Value | None:
 
 def matrices_of(op: Op) -> Sequence[Value]:
     """The operands that are multiplied, the left one first; behind them, where groups end."""
-    role = role_of(op)
-    if role is None:
-        return op.inputs[op.name in BIASED :]
-    if role is Role.RESULT:
-        x, weight, *_ = op.inputs
-        return weight, x
-    grad, x, weight = op.inputs
-    return (weight, grad) if role is Role.INPUT else (grad, x)
+    found = convolutions.convolution_of(op)
+    return op.inputs[op.name in BIASED :] if found is None else (found.left, found.right)
 
 
-def sides_of(node: Node) -> Sides:
-    """How both sides of a product lie in memory."""
+def sides_of(node: Node) -> tuple[Sides, ...]:
+    """How both sides lie in memory, for each of the products that the node is."""
     role = role_of(node.op)
-    return of_matrices(node) if role is None else convolutions.sides_of(node, role)
+    return (of_matrices(node),) if role is None else convolutions.sides_of(node, role)
 
 
 def is_product(op: Op) -> bool:
@@ -93,19 +90,49 @@ def grouping_of(op: Op) -> tuple[str, int]:
     return "SS_GROUPS_OF_ROWS" if b.type.rank == 3 else "SS_GROUPS_OF_SUM", ends.type.numel
 
 
+def split_dims(atoms: Atoms, node: Node, dims: Sequence[Run]) -> None:
+    """Makes loops over the phases of a product within those of its result."""
+    for run, stride in zip(dims[2:], _strides(node), strict=False):
+        if stride > 1:
+            (loop,) = run
+            atoms.split(loop, stride)
+
+
+def _strides(node: Node) -> Sequence[int]:
+    """How far apart the elements of one product are, by dimension of an image; empty for 1."""
+    if role_of(node.op) is not Role.INPUT:
+        return ()
+    strides = convolutions.strides_of(node.op)
+    return strides[2 - len(node.outs[0].shape) :] if max(strides) > 1 else ()
+
+
 def axes_of(atoms: Atoms, node: Node, dims: Sequence[Run]) -> Axes:
-    """The loops of a product's batch, rows, images and columns; `dims` are those of its result."""
+    """The loops of a product's axes; `dims` are those of its result."""
     runs = [atoms.resolve(run) for run in dims]
     role = role_of(node.op)
     if role is None:
         *batch, rows, cols = runs
-        return _joined(batch), rows, (), cols
+        return {"batch": _joined(batch), "row": rows, "col": cols}
     if role is Role.WEIGHT:
-        return (), runs[0], (), _joined(runs[1:])
+        return {"row": runs[0], "col": _joined(runs[1:])}
     images, rows, *places = runs
-    if convolutions.by_image(node.outs[0].shape):
-        return images, rows, (), _joined(places)
-    return (), rows, images, _joined(places)
+    strides = _strides(node)
+    count = atoms.size(_joined(places)) // math.prod(strides)
+    axes = {"batch" if convolutions.by_image(count) else "image": images, "row": rows}
+    if not strides:
+        return axes | {"col": _joined(places)}
+    halves = [_cut(atoms, run, s) for run, s in zip(places, strides, strict=True)]
+    rank = len(places)
+    axes |= zip(COLUMNS[-rank:], (outer for outer, _ in halves), strict=True)
+    return axes | dict(zip(PHASES[-rank:], (inner for _, inner in halves), strict=True))
+
+
+def _cut(atoms: Atoms, run: Run, inner: int) -> tuple[Run, Run]:
+    """The outer and the inner loops of a dimension, these of `inner` elements."""
+    at = len(run)
+    while atoms.size(run[at:]) < inner:
+        at -= 1
+    return run[:at], run[at:]
 
 
 def _joined(runs: Sequence[Run]) -> Run:
@@ -113,11 +140,12 @@ def _joined(runs: Sequence[Run]) -> Run:
 
 
 def walks(atoms: Atoms, axes: Axes, strides: Mapping[int, int]) -> bool:
-    """Whether memory is walked by one stride an axis, and along columns element by element."""
+    """Whether memory is walked by one stride an axis, and along columns without a phase element by
+    element."""
     straight = all(
         strides.get(outer, 0) == strides.get(inner, 0) * atoms.sizes[inner]
-        for axis in axes
+        for axis in axes.values()
         for outer, inner in zip(axis, axis[1:], strict=False)
     )
-    cols = axes[-1]
-    return straight and (not cols or strides.get(cols[-1], 0) in (0, 1))
+    cols = axes["col"]
+    return straight and (not cols or "col0" in axes or strides.get(cols[-1], 0) in (0, 1))

@@ -75,19 +75,29 @@ class Sides:
         a, b: left and right.
         summed: the size of the dimension that both have.
         frame: where the right one is read from a copy of it within zeros.
-        images: how many stretches its columns come in.
+        phase: which elements of a strided convolution's input the product is of, by dimension.
     """
 
     a: Side
     b: Side
     summed: int
     frame: Frame | None = None
-    images: int = 1
+    phase: Numbers = ()
 
     def lists(self) -> dict[str, Digits]:
         """The dimensions that take several strides, by their names in an `ss_gemm`."""
         walked = {"a_sum": self.a.cols, "b_sum": self.b.rows, "b_cols": self.b.cols}
         return {name: digits for name, digits in walked.items() if stride_of(digits) is None}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the elements of a product's result belong: strides, and the first of them."""
+
+    batch: int
+    row: int
+    cols: Digits
+    offset: int = 0
 
 
 def simplified(digits: Iterable[tuple[int, int]]) -> Digits:

@@ -26,12 +26,12 @@ from shoestring.ir.inference import attrs_key
 
 from .build import build, cache_folder, machine_key
 from .calls import Pool
-from .convolutions import role_of
+from .convolutions import role_of, target_of
 from .library import bind_call, way_of
 from .nodes import Node, Work, normalize
 from .openmp import considerate
 from .products import TYPES, is_product, matrices_of, sides_of
-from .sides import DIGITS, count_of, stride_of, written_out
+from .sides import DIGITS, Sides, Target, count_of, stride_of, written_out
 
 WORTH = 1 << 25  # FLOPs below which nothing is measured
 ROUNDS = 2
@@ -177,6 +177,16 @@ class _Gemm(ctypes.Structure):
     ]
 
 
+class _Target(ctypes.Structure):
+    """`ss_target` of trial.h."""
+
+    _fields_ = [
+        ("type", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in ("batch", "row", "offset")),
+        ("cols", _Digits),
+    ]
+
+
 class _Frame(ctypes.Structure):
     """`ss_frame` of gemm.h."""
 
@@ -194,49 +204,70 @@ def _runtime() -> ctypes.CDLL:
     """The hand-written kernels, without any generated ones."""
     library = ctypes.CDLL(str(build([]).path))
     library.ss_gemm_scratch.restype = ctypes.c_int64
-    library.ss_try_product.restype = None
+    library.ss_try_product.restype = library.ss_frame_run.restype = None
     Pool.join(library)
     return library
 
 
 class Trial:
-    """One product by the kernels of gemm.c, as a call."""
+    """One convolution, or gradient of it, by the kernels of gemm.c, as a call."""
 
     def __init__(self, op: Op, operands: list[torch.Tensor], out: torch.Tensor) -> None:
-        sides = sides_of(_node_of(op))
-        a, b, frame = sides.a, sides.b, sides.frame
-        rows, cols = count_of(a.rows), count_of(b.cols)
-        kind = list(TYPES).index(a.ref.dtype)
-        g = _Gemm(batch=out.numel() // (rows * cols), m=rows, n=cols, k=sides.summed, type=kind)
+        node, role = _node_of(op), role_of(op)
+        assert role is not None, "only convolutions are tried"
+        products = sides_of(node)
+        each = out.numel() // len(products)
+        self.products = [
+            _Product(s, target_of(node, role, s.phase), out.dtype, each) for s in products
+        ]
+        frame, images = products[0].frame, products[0].b.ref
+        self.frame, self.room = None, 0
+        if frame is not None:
+            self.frame = _Frame(images.dtype.itemsize, *frame.numbers(images))
+            self.room = frame.nbytes(images)
+        self.library, self.threads = _runtime(), torch.get_num_threads()
+        share = max(self.library.ss_gemm_scratch(ctypes.byref(p.gemm)) for p in self.products)
+        self.scratch = torch.empty(self.room + share * self.threads, dtype=torch.uint8)
+        tensors = dict(zip(op.inputs, operands, strict=True))
+        self.a, self.x = (tensors[v] for v in matrices_of(op)[:2])
+        self.out = out
+
+    def __call__(self) -> None:
+        Pool.resize(self.threads)
+        images = self.x
+        if self.frame is not None:
+            images = self.scratch
+            self.library.ss_frame_run(ctypes.byref(self.frame), _address(self.x), _address(images))
+        for p in self.products:
+            self.library.ss_try_product(
+                ctypes.byref(p.gemm),
+                _address(self.a, p.left),
+                _address(images, p.right),
+                _address(self.out),
+                ctypes.byref(p.target),
+                _address(self.scratch, self.room),
+                ctypes.c_int64(self.threads),
+            )
+
+
+class _Product:
+    """What gemm.c is told of one product, and at which byte its left and its right side begin."""
+
+    def __init__(self, sides: Sides, to: Target, dtype: torch.dtype, count: int) -> None:
+        a, b = sides.a, sides.b
+        rows, cols, kind = count_of(a.rows), count_of(b.cols), list(TYPES).index(dtype)
+        g = _Gemm(batch=count // (rows * cols), m=rows, n=cols, k=sides.summed, type=kind)
         g.a_batch, g.a_row, g.a_col = a.batch, stride_of(a.rows) or 0, stride_of(a.cols) or 0
         g.b_batch, g.b_row, g.b_col = b.batch, stride_of(b.rows) or 0, stride_of(b.cols) or 0
         for name, digits in sides.lists().items():
             setattr(g, name, ctypes.pointer(_Digits(*written_out(digits))))
-        self.library, self.threads = _runtime(), torch.get_num_threads()
-        self.frame = None
-        if frame is not None:
-            self.frame = _Frame(b.ref.dtype.itemsize, *frame.numbers(b.ref))
-        self.room = 0 if frame is None else frame.nbytes(b.ref)
-        room = self.room + self.library.ss_gemm_scratch(ctypes.byref(g)) * self.threads
-        self.scratch = torch.empty(room, dtype=torch.uint8)
-        self.about = (ctypes.c_int64 * 4)(0, rows, cols // sides.images, kind)
-        tensors = dict(zip(op.inputs, operands, strict=True))
-        self.a, self.x = (tensors[v] for v in matrices_of(op)[:2])
-        self.gemm, self.out, self.offset = g, out, b.offset * b.ref.dtype.itemsize
+        self.gemm = g
+        self.target = _Target(kind, to.batch, to.row, to.offset, _Digits(*written_out(to.cols)))
+        self.left, self.right = (side.offset * dtype.itemsize for side in (a, b))
 
-    def __call__(self) -> None:
-        Pool.resize(self.threads)
-        self.library.ss_try_product(
-            ctypes.byref(self.gemm),
-            None if self.frame is None else ctypes.byref(self.frame),
-            *(ctypes.c_void_p(t.data_ptr()) for t in (self.a, self.x)),
-            ctypes.c_int64(self.offset),
-            ctypes.c_void_p(self.out.data_ptr()),
-            self.about,
-            ctypes.c_void_p(self.scratch.data_ptr()),
-            ctypes.c_int64(self.room),
-            ctypes.c_int64(self.threads),
-        )
+
+def _address(tensor: torch.Tensor, offset: int = 0) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr() + offset)
 
 
 def _node_of(op: Op) -> Node:

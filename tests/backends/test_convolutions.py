@@ -38,26 +38,33 @@ class Case:
     dtype: torch.dtype = torch.float32
     bias: bool = True
     groups: int = 1
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
 
     def call(self) -> list[Any]:
         """The arguments behind x, weight and bias."""
         rank = len(self.size)
         strides, gaps = self.stride or (1,) * rank, self.dilation or (1,) * rank
         padding = self.padding or (0,) * rank
-        rest = [list(strides), list(padding), list(gaps), False, [0] * rank, self.groups]
-        return rest
+        more = list(self.output_padding or (0,) * rank)
+        return [list(strides), list(padding), list(gaps), self.transposed, more, self.groups]
 
     def places(self) -> tuple[int, ...]:
         """The size of a result."""
-        strides, padding, gaps, *_ = self.call()
-        sizes = zip(self.size, self.taps, strides, padding, gaps, strict=True)
-        return tuple((n + 2 * p - g * (t - 1) - 1) // s + 1 for n, t, s, p, g in sizes)
+        strides, padding, gaps, _, more, _ = self.call()
+        sizes = zip(self.size, self.taps, strides, padding, gaps, more, strict=True)
+        if self.transposed:
+            return tuple((n - 1) * s - 2 * p + g * (t - 1) + m + 1 for n, t, s, p, g, m in sizes)
+        return tuple((n + 2 * p - g * (t - 1) - 1) // s + 1 for n, t, s, p, g, _ in sizes)
 
     def inputs(self) -> list[Tensor]:
         """x, weight, bias and the gradient of the result."""
         torch.manual_seed(0)
         x = torch.randn(self.images, self.channels, *self.size)
-        w = torch.randn(self.out, self.channels // self.groups, *self.taps)
+        outer, inner = self.out, self.channels // self.groups
+        if self.transposed:
+            outer, inner = self.channels, self.out // self.groups
+        w = torch.randn(outer, inner, *self.taps)
         g = torch.randn(self.images, self.out, *self.places())
         scale = (w.numel() / self.out) ** -0.5
         return [t.to(self.dtype) for t in (x, w * scale, torch.randn(self.out), g)]
@@ -118,6 +125,7 @@ def cases(draw: st.DrawFn) -> Case:
         each([1, 1, 2]),
         draw(st.sampled_from(list(TOLERANCE))),
         draw(st.booleans()),
+        transposed=draw(st.sampled_from([False, False, True])),
     )
     assume(min(case.places()) > 0)
     return case
@@ -136,6 +144,17 @@ SOME = [
     Case(2, 16, 8, (7, 5), (1, 1), bias=False),
     Case(2, 4, 8, (12, 12, 3), (3, 3, 3), padding=(1, 1, 0)),
     Case(2, 6, 8, (40,), (4,), padding=(2,), dilation=(2,)),
+    Case(3, 8, 5, (16, 12), (3, 3), (2, 2), (1, 1)),  # an image a matrix
+    Case(33, 16, 24, (4, 4), (3, 3), (2, 2), (1, 1), bias=False),  # images side by side
+    Case(3, 5, 7, (8, 9), (1, 1), (2, 3)),  # phases without a tap
+    Case(2, 4, 8, (9, 20), (7, 5), (3, 1), (3, 6)),  # one dimension in phases, much padding
+    Case(2, 4, 6, (4, 6, 8), (3, 2, 5), (2, 2, 2), (1, 0, 2)),
+    Case(3, 5, 8, (20,), (5,), (4,), (9,)),
+    Case(2, 5, 8, (2, 2), (3, 3), (2, 2), (1, 1)),  # phases of one element
+    Case(2, 5, 8, (16, 6), (3, 3), (2, 1), (1, 2), (1, 2)),
+    Case(3, 8, 5, (8, 6), (4, 4), (2, 2), (1, 1), transposed=True),
+    Case(33, 16, 24, (2, 3), (3, 3), (2, 2), (1, 1), transposed=True, output_padding=(1, 1)),
+    Case(2, 7, 8, (9, 5), (3, 2), padding=(1, 0), dilation=(2, 1), transposed=True),
 ]
 
 
@@ -151,7 +170,9 @@ def test_windows_that_see_nothing_but_padding() -> None:
 
 
 def test_the_library_takes_what_has_no_kernel() -> None:
-    check(Case(2, 8, 8, (9, 9), (3, 3), (2, 2), (1, 1)), ours=2)  # the gradient of a strided input
+    check(Case(2, 8, 8, (9, 9), (3, 3), (2, 2), (1, 1)), ours=2)  # an odd size has uneven phases
+    check(Case(2, 8, 8, (8, 8), (3, 3), (4, 4)), ours=2)  # many phases
+    check(Case(2, 8, 8, (8, 8), (3, 3), (2, 2), dilation=(2, 2)), ours=2)
     check(Case(2, 8, 8, (9, 9), (3, 3), groups=2), ours=0)
     check(Case(2, 3, 8, (9, 9), (3, 3)), ours=2)  # rows of three channels
     check(Case(2, 4, 2, (9, 9), (3, 3)), ours=1)

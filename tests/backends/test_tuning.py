@@ -18,18 +18,19 @@ from shoestring.backends.instructions import CallKernel, CallTorch
 from shoestring.ir import Function, Op, TensorType, Value, trace
 
 aten = torch.ops.aten
-REST = [[1, 1], [1, 1], [1, 1], False, [0, 0], 1]
 
 
-def program(images: int, dtype: torch.dtype, size: int = 12) -> Function:
+def program(images: int, dtype: torch.dtype, size: int = 12, stride: int = 1) -> Function:
     """A convolution and its gradients, each an op of its own."""
+    rest = [[stride, stride], [1, 1], [1, 1], False, [0, 0], 1]
 
     def f(x: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> Any:
-        dx, _, _ = aten.convolution_backward(g, x, w, None, *REST, [True, False, False])
-        _, dw, _ = aten.convolution_backward(g, x, w, None, *REST, [False, True, False])
-        return aten.convolution(x, w, None, *REST), dx, dw
+        dx, _, _ = aten.convolution_backward(g, x, w, None, *rest, [True, False, False])
+        _, dw, _ = aten.convolution_backward(g, x, w, None, *rest, [False, True, False])
+        return aten.convolution(x, w, None, *rest), dx, dw
 
-    shapes = [(images, 16, size, size), (32, 16, 3, 3), (images, 32, size, size)]
+    out = -(-size // stride)
+    shapes = [(images, 16, size, size), (32, 16, 3, 3), (images, 32, out, out)]
     return trace(f, [TensorType(dtype, shape) for shape in shapes], "f")
 
 
@@ -53,9 +54,13 @@ def conv_ops(function: Function) -> list[Op]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("images", "size"), [(3, 12), (5, 3)])
-def test_a_trial_computes_the_product(images: int, size: int, dtype: torch.dtype) -> None:
-    function = program(images, dtype, size)
+@pytest.mark.parametrize(
+    ("images", "size", "stride"), [(3, 12, 1), (5, 3, 1), (3, 12, 2), (5, 6, 3)]
+)
+def test_a_trial_computes_the_product(
+    images: int, size: int, stride: int, dtype: torch.dtype
+) -> None:
+    function = program(images, dtype, size, stride)
     given = dict(zip((p.value for p in function.params), arguments(function), strict=True))
     for op in conv_ops(function):
         operands = [given[v] for v in op.inputs]
@@ -124,9 +129,14 @@ def test_small_ones_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_structures_are_those_of_c(tmp_path: Path) -> None:
     """A field that Python lacks would be read from behind the structure."""
-    found = {"ss_gemm": tuning._Gemm, "ss_frame": tuning._Frame, "ss_digits": tuning._Digits}
+    found = {
+        "ss_gemm": tuning._Gemm,
+        "ss_frame": tuning._Frame,
+        "ss_digits": tuning._Digits,
+        "ss_target": tuning._Target,
+    }
     numbers = ", ".join(f"sizeof({name})" for name in found)
-    source = f'#include "gemm.h"\nconst int64_t sizes[] = {{{numbers}}};\n'
+    source = f'#include "trial.h"\nconst int64_t sizes[] = {{{numbers}}};\n'
     (tmp_path / "sizes.c").write_text(source)
     command = [find_compiler(), *flags(), "-I", str(HERE), "-shared", "sizes.c", "-o", "sizes.so"]
     subprocess.run(command, cwd=tmp_path, check=True)
