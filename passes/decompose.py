@@ -12,7 +12,7 @@ from shoestring.ir.ops import find_overload
 from shoestring.ir.ops.aten import PLACEMENT_ARGS, is_tensor_arg
 
 from .base import Numerics, Pass, PassReport
-from .editing import Names, reading, resolve
+from .editing import Names, inline, reading
 from .rewriter import rewrite
 from .rules import CANONICAL
 from .rules.decompositions import find_body
@@ -79,7 +79,7 @@ class Decompose(Pass):
                 ops.append(op)
             else:
                 report.changed += 1
-                ops += _inline(body, op, names, subst)
+                ops += inline(body, op.inputs, op.results, names, subst, op.loc)
         _list_rest(ops, self.keep, report)
         return function.with_ops(ops, subst) if report.changed else function
 
@@ -177,27 +177,3 @@ def _call(op: Op, call: Callable[..., Any], tensors: tuple[Any, ...]) -> Any:
 
     operands = [bind(o) for o in op.operands]
     return call(*operands, **{**op.opdef.attr_defaults, **op.attrs})
-
-
-def _inline(body: Function, op: Op, names: Names, subst: dict[Value, Value]) -> list[Op]:
-    """The body's ops with the op's operands and location; its results take over their names."""
-    table: dict[Value, Value] = {}
-    places = {f"in{i}": v for i, v in enumerate(op.inputs)}
-    for p in body.params:
-        table[p.value] = places[p.path]
-    made = {r for inner in body.ops for r in inner.results}
-    for output, result in zip(body.outputs, op.results, strict=True):
-        if output.value in made and output.value not in table:
-            table[output.value] = result
-    ops: list[Op] = []
-    for inner in body.ops:
-        for r in inner.results:
-            if r not in table:
-                table[r] = names.fresh(r.type, op.results[0].name)
-        bound = inner.map_operands(table.__getitem__)
-        results = tuple(table[r] for r in inner.results)
-        ops.append(Op(inner.opdef, bound.operands, inner.attrs, results, op.loc))
-    for output, result in zip(body.outputs, op.results, strict=True):
-        if table[output.value] is not result:
-            subst[result] = resolve(table[output.value], subst)
-    return ops

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from shoestring.ir import Function, Op, TensorType, Value
+from shoestring.ir import Function, Loc, Op, TensorType, Value
 
 SIZES = {
     "aten.view.default": "size",
@@ -67,3 +67,43 @@ def append(ops: list[Op], names: Names, op: Op, base: str, result: Value | None 
         result = names.fresh(type_, base)
     ops.append(replace(op, results=(result,)))
     return result
+
+
+def inline(
+    body: Function,
+    inputs: Sequence[Value],
+    results: Sequence[Value],
+    names: Names,
+    subst: dict[Value, Value],
+    loc: Loc,
+) -> list[Op]:
+    """The ops of a traced body, on other inputs and at another location.
+
+    Args:
+        body: whose parameters are called `in0`, `in1`, ...
+        inputs: what takes their places.
+        results: what its outputs become; `subst` learns those that are other values already.
+        names: for what is made on the way.
+        subst: values that were replaced.
+        loc: of all ops.
+    """
+    table: dict[Value, Value] = {}
+    places = {f"in{i}": v for i, v in enumerate(inputs)}
+    for p in body.params:
+        table[p.value] = places[p.path]
+    made = {r for inner in body.ops for r in inner.results}
+    for output, result in zip(body.outputs, results, strict=True):
+        if output.value in made and output.value not in table:
+            table[output.value] = result
+    ops: list[Op] = []
+    for inner in body.ops:
+        for r in inner.results:
+            if r not in table:
+                table[r] = names.fresh(r.type, results[0].name)
+        bound = inner.map_operands(table.__getitem__)
+        own = tuple(table[r] for r in inner.results)
+        ops.append(Op(inner.opdef, bound.operands, inner.attrs, own, loc))
+    for output, result in zip(body.outputs, results, strict=True):
+        if table[output.value] is not result:
+            subst[result] = resolve(table[output.value], subst)
+    return ops

@@ -32,6 +32,7 @@ from .pipeline import unknown_pass
 from .propagate_slices import PropagateSlices
 from .rematerialize import Rematerialize
 from .simplify_algebra import SimplifyAlgebra
+from .split_norms import SplitNorms
 
 GROUP = "shoestring.passes"
 
@@ -47,6 +48,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     ChunkLoss,
     Decompose,
     LowerPrecision,
+    SplitNorms,
     Rematerialize,
     FuseUpdate,
     OrderMemory,
@@ -80,7 +82,7 @@ def default_pipeline(keep: frozenset[str] | None = None, precision: str = "fp32"
     ]
     lower: list[Pass] = [] if keep is None else [Decompose(keep)]
     # Rematerialized values must not meet common_subexpressions, nor schedules a new op.
-    schedule: list[Pass] = [Rematerialize(), FuseUpdate(), OrderMemory()]
+    schedule: list[Pass] = [SplitNorms(), Rematerialize(), FuseUpdate(), OrderMemory()]
     return [*lower, *simplify, ChunkLoss(), *PRECISIONS[precision], *schedule]
 
 

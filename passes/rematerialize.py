@@ -14,7 +14,9 @@ from .liveness import measure, size_of, storage_roots
 
 CHEAP = frozenset({Kind.POINTWISE, Kind.VIEW, Kind.CREATION})
 # Also cheap, though not elementwise: each is one pass over memory.
-ONE_PASS = frozenset({"aten.native_layer_norm.default", "aten.index.Tensor"})
+ONE_PASS = frozenset(
+    {"aten.native_layer_norm.default", "aten.native_group_norm.default", "aten.index.Tensor"}
+)
 KEPT_INSTEAD = 4  # members of a group that may be kept instead of what all depend on
 LATER = frozenset({Phase.BACKWARD, Phase.RECOMPUTE, Phase.UPDATE})
 

@@ -133,8 +133,14 @@ def _all_but_channel(x: Tensor) -> list[int]:
 
 
 def batch_norm(
-    op: Op, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor
+    op: Op,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
+    """With or without the averages over all batches."""
     dims, momentum = _all_but_channel(x), op.attr("momentum")
     wide = _wide(x)
     weight, bias = _per_channel(x, weight, bias)
@@ -144,11 +150,13 @@ def batch_norm(
     rstd = torch.rsqrt(biased + op.attr("eps"))
     count = x.numel() // x.shape[1]
     flat, unbiased = found.reshape(-1), biased.reshape(-1) * (count / (count - 1))
-    return _in_types(
-        op, _affine(centered * rstd, weight, bias), flat, rstd.reshape(-1),
-        flat * momentum + _wide(mean) * (1 - momentum),
-        unbiased * momentum + _wide(var) * (1 - momentum),
-    )  # fmt: skip
+    averages = [
+        new * momentum + _wide(old) * (1 - momentum)
+        for new, old in ((flat, mean), (unbiased, var))
+        if old is not None
+    ]
+    y = _affine(centered * rstd, weight, bias)
+    return _in_types(op, y, flat, rstd.reshape(-1), *averages)
 
 
 def batch_norm_backward(
@@ -261,6 +269,7 @@ BODIES: dict[str, tuple[Condition, Body]] = {
     "aten.native_layer_norm.default": (_normalizes_some, layer_norm),
     "aten.native_layer_norm_backward.default": (_normalizes_some, layer_norm_backward),
     "aten._native_batch_norm_legit_functional.default": (_many_per_channel, batch_norm),
+    "aten._native_batch_norm_legit.no_stats": (_many_per_channel, batch_norm),
     "aten.native_batch_norm_backward.default": (_trains, batch_norm_backward),
     "aten.convolution_backward.default": (_has_products, convolution_backward),
     "aten.native_group_norm.default": (_has_dims, group_norm),

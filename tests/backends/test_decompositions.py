@@ -168,8 +168,14 @@ def test_batch_norm(shape: tuple[int, ...], affine: bool, dtype: torch.dtype) ->
         # The types that PyTorch infers for saved statistics of mixed types are not those it gives.
         return results if dtype is stat else (results[0], *results[3:])
 
+    def alone(x: Tensor, *p: Tensor) -> Any:
+        w, b = p if p else (None, None)
+        results = aten._native_batch_norm_legit.no_stats(x, w, b, True, 0.1, 1e-3)
+        return results if dtype is stat else results[0]
+
     x, grad = randn(shape, dtype), randn(shape, dtype)
     check(forward, x, mean, var, *parameters)
+    check(alone, x, *parameters)
     saved = randn(c, stat), torch.rand(c, dtype=stat)
 
     def backward(
