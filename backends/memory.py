@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shoestring.ir.errors import BackendError
@@ -22,7 +22,8 @@ class Lifetime:
         first: the instruction that writes it first.
         last: the last instruction that touches it.
         label: the user's name of what it holds.
-        whole: the buffer that it is a part of; its own life ends before that of the whole begins.
+        whole: the buffer that it is a part of; its own life ends before that of the whole begins,
+            or begins when that of the whole has ended.
         at: bytes from the start of the whole.
     """
 
@@ -128,19 +129,19 @@ class _FreeList:
 def plan_memory(lifetimes: Sequence[Lifetime]) -> Plan:
     """Offsets by greedy best fit; checked before they are returned.
 
-    Two orders are tried, as instructions come and largest first; the smaller arena wins.
+    Several orders are tried: as instructions come, and most first of each of `MOST`; the smallest
+    arena wins.
 
     Raises:
         BackendError: SS4301, a bug of the planner that the checker found.
     """
     parts = _parts(lifetimes)
-    in_order, end = _place_in_order(lifetimes, parts)
+    best, size = _place_in_order(lifetimes, parts)
     peak, at = _peak(lifetimes)
-    best, size = in_order, end
-    if end > peak and len(lifetimes) <= LARGEST_FIRST_LIMIT:
-        offsets, other = _place_largest_first(lifetimes, parts)
-        if other < end:
-            best, size = offsets, other
+    for most in MOST if len(lifetimes) <= MOST_FIRST_LIMIT else ():
+        if size > peak:
+            offsets, other = _place_most_first(lifetimes, parts, most)
+            best, size = (offsets, other) if other < size else (best, size)
     for whole, own in parts.items():
         best.update((p.index, best[whole] + p.at) for p in own)
     alive = [t for t in lifetimes if t.first <= at <= t.last and t.nbytes]
@@ -151,8 +152,13 @@ def plan_memory(lifetimes: Sequence[Lifetime]) -> Plan:
     return plan
 
 
-# Largest-first placement looks at every placed neighbour; beyond this it costs too much.
-LARGEST_FIRST_LIMIT = 4000
+# Placement out of order looks at every placed neighbour; beyond this it costs too much.
+MOST_FIRST_LIMIT = 4000
+MOST: tuple[Callable[[Lifetime], int], ...] = (
+    lambda t: t.nbytes,
+    lambda t: t.nbytes * (t.last - t.first + 1),
+    lambda t: t.last - t.first,
+)
 
 
 Parts = Mapping[int, Sequence[Lifetime]]
@@ -168,11 +174,14 @@ def _parts(lifetimes: Sequence[Lifetime]) -> Parts:
 
 
 def _with_parts(lifetimes: Sequence[Lifetime], parts: Parts) -> Iterator[Lifetime]:
-    """What has a place of its own; a whole is alive from its first part on."""
+    """What has a place of its own; a whole is alive from its first part to its last."""
     for t in lifetimes:
-        if t.whole is None:
-            first = min((p.first for p in parts.get(t.index, ())), default=t.first)
-            yield replace(t, first=first) if first < t.first else t
+        own = parts.get(t.index)
+        if t.whole is None and own:
+            first, last = min(p.first for p in own), max(p.last for p in own)
+            yield replace(t, first=min(first, t.first), last=max(last, t.last))
+        elif t.whole is None:
+            yield t
 
 
 def _place_in_order(lifetimes: Sequence[Lifetime], parts: Parts) -> tuple[dict[int, int], int]:
@@ -191,13 +200,15 @@ def _place_in_order(lifetimes: Sequence[Lifetime], parts: Parts) -> tuple[dict[i
     return offsets, free.end
 
 
-def _place_largest_first(lifetimes: Sequence[Lifetime], parts: Parts) -> tuple[dict[int, int], int]:
-    """A place in a whole is free until the part begins that belongs there."""
+def _place_most_first(
+    lifetimes: Sequence[Lifetime], parts: Parts, most: Callable[[Lifetime], int]
+) -> tuple[dict[int, int], int]:
+    """A place in a whole is free while neither it nor the part that belongs there is alive."""
     placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last; sorted
     offsets, end = dict[int, int](), 0
     own = {t.index: t for t in lifetimes}
     wholes = _with_parts(lifetimes, parts)
-    for t in sorted(wholes, key=lambda t: (-t.nbytes, t.first, t.index)):
+    for t in sorted(wholes, key=lambda t: (-most(t), -t.nbytes, t.first, t.index)):
         size = aligned(t.nbytes)
         if size == 0:
             offsets[t.index] = 0
@@ -205,9 +216,11 @@ def _place_largest_first(lifetimes: Sequence[Lifetime], parts: Parts) -> tuple[d
         start = _first_gap(placed, t, size)
         offsets[t.index] = start
         end = max(end, start + size)
-        bisect.insort(placed, (start, start + size, own[t.index].first, t.last))
+        alone = own[t.index]
+        bisect.insort(placed, (start, start + size, alone.first, alone.last))
         for p in parts.get(t.index, ()):
-            bisect.insort(placed, (start + p.at, start + p.at + p.nbytes, p.first, p.last))
+            place = start + p.at
+            bisect.insort(placed, (place, place + aligned(p.nbytes), p.first, p.last))
     return offsets, end
 
 

@@ -162,7 +162,7 @@ class _Emitter:
             for ref, old in self.order.late
         )
         outputs = tuple(self.region(self.work.refs[o.value]) for o in self.work.function.outputs)
-        plan = plan_memory(self.lifetimes(instructions, copies, outputs))
+        plan = plan_memory(self.lifetimes(units, instructions, copies, outputs))
         program = Program(
             self.function, (*dict.fromkeys(self.buffers.values()), *self.extra),
             tuple(instructions),
@@ -252,7 +252,11 @@ class _Emitter:
     # -- memory --------------------------------------------------------------------------------
 
     def lifetimes(
-        self, instructions: Sequence[Instruction], copies: Sequence[Copy], outputs: Sequence[Region]
+        self,
+        units: Sequence[Unit],
+        instructions: Sequence[Instruction],
+        copies: Sequence[Copy],
+        outputs: Sequence[Region],
     ) -> list[Lifetime]:
         first: dict[Buffer, int] = {}
         last: dict[Buffer, int] = {}
@@ -266,15 +270,25 @@ class _Emitter:
             last[r.buffer] = end
         parts: dict[Buffer, tuple[int, int]] = {}
         for base, (whole, at) in self.order.joins.places.items():
-            part, home = self.buffer_of(base), self.buffer_of(whole)
-            parts[part] = home.index, at
+            own, home = self.buffer_of(base), self.buffer_of(whole)
+            parts[own] = home.index, at
             begin = first.setdefault(home, end)  # nobody may read it
-            last[home] = max(last.get(home, end), last[part])
-            last[part] = begin - 1
-        return [
+            last[home] = max(last.get(home, end), last[own])
+            last[own] = begin - 1
+        stretches: list[Lifetime] = []
+        position = {unit.index: i for i, unit in enumerate(units)}
+        for base, released in self.order.releases.items():
+            home = self.buffer_of(base)
+            last[home] = written = first[home]
+            for s in released:
+                number, read = len(self.arena) + len(stretches), position[s.last.index]
+                part = Lifetime(number, s.nbytes, written + 1, read, home.label, home.index, s.at)
+                stretches.append(part)
+        buffers = [
             Lifetime(b.index, b.nbytes, first[b], last[b], b.label, *parts.get(b, (None, 0)))
             for b in self.arena
         ]
+        return buffers + stretches
 
     # -- source --------------------------------------------------------------------------------
 

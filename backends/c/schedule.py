@@ -10,6 +10,7 @@ from .groups import Unit
 from .joining import Joins, joins
 from .nodes import Base, Ref, WorkList
 from .overwriting import overwritten, same_position
+from .releasing import Stretch, releases
 
 
 @dataclass
@@ -22,12 +23,14 @@ class Order:
             read by the kernel that makes it.
         late: the other next values; copied when everything else is done.
         joins: what is written as a part of something larger.
+        releases: what is read, and no more needed, stretch by stretch.
     """
 
     units: list[Unit]
     in_place: dict[Base, Base]
     late: list[tuple[Ref, Base]]
     joins: Joins
+    releases: dict[Base, list[Stretch]]
 
 
 @dataclass
@@ -57,7 +60,8 @@ def schedule(work: WorkList, units: list[Unit], atoms: Atoms, stored: set[Base])
         for value, ref in work.nexts.items()
         if ref.base not in in_place
     ]
-    return Order(order, in_place, late, joined)
+    shared = kept | joined.bases | set(in_place) | set(in_place.values())
+    return Order(order, in_place, late, joined, releases(order, shared))
 
 
 def _task(unit: Unit, stored: set[Base]) -> _Task:

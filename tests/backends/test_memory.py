@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -90,16 +91,29 @@ def with_parts(count: int, seed: int) -> list[Lifetime]:
         found[t.index] = whole
         for p in range(parts):
             begin = r.randrange(first)
-            part = Lifetime(
-                len(found), 128, begin, first - 1, f"{p} of {t.label}", t.index, 128 * p
-            )
-            found.append(part)
+            size, label = r.randrange(1, 129), f"{p} of {t.label}"
+            found.append(Lifetime(len(found), size, begin, first - 1, label, t.index, 128 * p))
     return found
 
 
+def with_stretches(count: int, seed: int) -> list[Lifetime]:
+    """Random buffers, some of which end part by part."""
+    r = random.Random(seed)
+    found = random_lifetimes(count, seed)
+    for t in found[::10]:
+        parts = r.randrange(2, 6)
+        found[t.index] = replace(t, nbytes=128 * parts, last=t.first)
+        for p in range(parts):
+            size, begin = r.randrange(1, 129), t.first + 1
+            last, label = begin + r.randrange(20), f"{p} of {t.label}"
+            found.append(Lifetime(len(found), size, begin, last, label, t.index, 128 * p))
+    return found
+
+
+@pytest.mark.parametrize("make", [with_parts, with_stretches])
 @pytest.mark.parametrize("seed", range(20))
-def test_plans_with_parts_are_valid(seed: int) -> None:
-    lifetimes = with_parts(200, seed)
+def test_plans_with_parts_are_valid(make: Callable[[int, int], list[Lifetime]], seed: int) -> None:
+    lifetimes = make(200, seed)
     plan = plan_memory(lifetimes)
     assert plan.peak_bytes <= plan.arena_bytes <= 2 * plan.peak_bytes
     for t in lifetimes:
@@ -111,6 +125,13 @@ def test_a_place_is_free_until_its_part_begins() -> None:
     parts = [Lifetime(i + 1, 1024, [0, 8, 8, 8][i], 9, f"part {i}", 0, 1024 * i) for i in range(4)]
     others = [Lifetime(i + 5, 1024, 1, 7, f"other {i}") for i in range(3)]
     plan = plan_memory([Lifetime(0, 4096, 10, 12, "whole"), *parts, *others])
+    assert plan.arena_bytes == plan.peak_bytes == 4096
+
+
+def test_a_place_is_free_when_its_part_has_ended() -> None:
+    parts = [Lifetime(i + 1, 1024, 1, 2 + i, f"part {i}", 0, 1024 * i) for i in range(4)]
+    others = [Lifetime(i + 5, 1024, 3 + i, 9, f"other {i}") for i in range(4)]
+    plan = plan_memory([Lifetime(0, 4096, 0, 0, "whole"), *parts, *others])
     assert plan.arena_bytes == plan.peak_bytes == 4096
 
 
