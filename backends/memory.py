@@ -129,8 +129,8 @@ class _FreeList:
 def plan_memory(lifetimes: Sequence[Lifetime]) -> Plan:
     """Offsets by greedy best fit; checked before they are returned.
 
-    Several orders are tried: as instructions come, and most first of each of `MOST`; the smallest
-    arena wins.
+    Several orders are tried, as instructions come and most first of each of `MOST`, of many buffers
+    not all of these; the smallest arena wins.
 
     Raises:
         BackendError: SS4301, a bug of the planner that the checker found.
@@ -138,7 +138,7 @@ def plan_memory(lifetimes: Sequence[Lifetime]) -> Plan:
     parts = _parts(lifetimes)
     best, size = _place_in_order(lifetimes, parts)
     peak, at = _peak(lifetimes)
-    for most in MOST if len(lifetimes) <= MOST_FIRST_LIMIT else ():
+    for most in MOST[: MOST_FIRST_LIMIT // max(1, len(lifetimes))]:
         if size > peak:
             offsets, other = _place_most_first(lifetimes, parts, most)
             best, size = (offsets, other) if other < size else (best, size)
@@ -152,12 +152,12 @@ def plan_memory(lifetimes: Sequence[Lifetime]) -> Plan:
     return plan
 
 
-# Placement out of order looks at every placed neighbour; beyond this it costs too much.
+# Placement out of order looks at every placed neighbour; of more buffers it costs too much.
 MOST_FIRST_LIMIT = 4000
 MOST: tuple[Callable[[Lifetime], int], ...] = (
-    lambda t: t.nbytes,
-    lambda t: t.nbytes * (t.last - t.first + 1),
     lambda t: t.last - t.first,
+    lambda t: t.nbytes * (t.last - t.first + 1),
+    lambda t: t.nbytes,
 )
 
 

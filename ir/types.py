@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -172,4 +173,10 @@ def _dim(text: str) -> Dim:
 
 def type_of(tensor: torch.Tensor) -> TensorType:
     """The dense, replicated type of a tensor (real, fake or meta)."""
-    return TensorType(tensor.dtype, tuple(int(d) for d in tensor.shape))
+    return _dense(tensor.dtype, tuple([int(d) for d in tensor.shape]))
+
+
+@lru_cache(4096)
+def _dense(dtype: torch.dtype, shape: tuple[int, ...]) -> TensorType:
+    """One object for equal types: a program has few."""
+    return TensorType(dtype, shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import cache
+from functools import cache, lru_cache
 from types import CodeType, FrameType
 
 import torch
@@ -44,9 +44,8 @@ def _owner_of_file(name: str) -> str:
     return "user"
 
 
-def user_frame() -> tuple[str, int, bool]:
+def _user_line(frame: FrameType | None) -> tuple[str, int, bool]:
     """File and line of the innermost user code, and whether a checkpoint recomputes it."""
-    frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     place: tuple[str, int] | None = None
     recomputed = False
     while frame is not None:
@@ -69,28 +68,51 @@ class Locator:
         self.phase = Phase.FORWARD
         self.modules: list[str] = []
         self._by_node: dict[int, Loc] = {}
+        self._caller: tuple[FrameType, int] | None = None
+        self._line = ("", 0, False)
 
     def here(self) -> Loc:
-        file, line, in_checkpoint = user_frame()
+        file, line, in_checkpoint = self._user_line()
         module = self.modules[-1] if self.modules else ""
         if self.phase is not Phase.BACKWARD:
-            loc = Loc(file, line, module, self.phase)
+            loc = _loc(file, line, module, self.phase)
             self._by_node[_next_node()] = loc
             return loc
         if in_checkpoint:
-            loc = Loc(file, line, module, Phase.RECOMPUTE)
+            loc = _loc(file, line, module, Phase.RECOMPUTE)
             self._by_node[_next_node()] = loc
             return loc
         forward = self._forward_loc()
         if forward is None:
-            return Loc(file, line, module, Phase.BACKWARD)
-        return Loc(forward.file, forward.line, forward.module, Phase.BACKWARD)
+            return _loc(file, line, module, Phase.BACKWARD)
+        return _loc(forward.file, forward.line, forward.module, Phase.BACKWARD)
+
+    def forget(self) -> None:
+        """Lets go of the user's frame, and so of what it holds."""
+        self._caller = None
+
+    def _user_line(self) -> tuple[str, int, bool]:
+        """Where the program is; looked up once for all ops of one call, such as a whole backward
+        pass: while a frame stands still, so do those that it was called from."""
+        frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+        while frame is not None and _owner(frame.f_code) == "shoestring":
+            frame = frame.f_back
+        caller = None if frame is None else (frame, frame.f_lasti)
+        if caller is None or caller != self._caller:
+            self._caller, self._line = caller, _user_line(frame)
+        return self._line
 
     def _forward_loc(self) -> Loc | None:
         node = torch._C._current_autograd_node()  # pyright: ignore[reportPrivateUsage]
         if node is None:
             return None
         return self._by_node.get(node._sequence_nr())
+
+
+@lru_cache(1024)
+def _loc(file: str, line: int, module: str, phase: Phase) -> Loc:
+    """One object for all ops of a line."""
+    return Loc(file, line, module, phase)
 
 
 def _next_node() -> int:

@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import (
     in_kernel_invocation_manager,
 )
 
+from ..fake import with_data
+
 Key = tuple[Any, ...]
 _SELECT: OpOverload = torch.ops.aten.select.int
 
@@ -78,7 +80,7 @@ class Results:
         data = torch.empty((0,), dtype=base.dtype, device="meta")
         with in_kernel_invocation_manager(self.fake):
             data.set_(base.untyped_storage(), offset, shape, stride)  # pyright: ignore
-        return FakeTensor(self.fake, data, base.fake_device)
+        return with_data(self.fake, data, base.fake_device)
 
     @property
     def _remembers(self) -> bool:
@@ -101,7 +103,7 @@ class Results:
 
     def _tensor(self, one: _Layout) -> torch.Tensor:
         data = torch.empty_strided(one.shape, one.stride, dtype=one.dtype, device="meta")
-        return FakeTensor(self.fake, data, one.device)
+        return with_data(self.fake, data, one.device)
 
 
 def _selected(

@@ -202,6 +202,10 @@ class Tracer(TorchDispatchMode):
 
     # -- dispatch ----------------------------------------------------------------------------
 
+    def __exit__(self, *error: Any) -> None:
+        self.locator.forget()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(
         self,
         func: Any,
@@ -451,10 +455,10 @@ class Tracer(TorchDispatchMode):
     ) -> Op:
         opdef = lookup(name)
         given = {**opdef.attr_defaults, **attrs}
-        draft = Op(opdef, operands, given, (), self.locator.here())
+        loc = self.locator.here()
         if types is None:
-            types = self._infer(draft)
-        op = Op(opdef, operands, given, tuple(self._fresh(t) for t in types), draft.loc)
+            types = self._infer(Op(opdef, operands, given, (), loc))
+        op = Op(opdef, operands, given, tuple([self._fresh(t) for t in types]), loc)
         self._add(op)
         return op
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor
 
-from shoestring.ir.fake import fake_mode
+from shoestring.ir.fake import fake_mode, with_data
 from shoestring.ir.tracing.results import Results
 
 aten = torch.ops.aten
@@ -49,3 +50,21 @@ def test_one_of_a_dimension(shape: list[int], conj: bool, data: st.DataObject) -
         return
     assert layout(select()) == layout(wanted)
     assert select().untyped_storage()._cdata == given.untyped_storage()._cdata
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_fake_tensors_are_as_pytorch_makes_them(device: str) -> None:
+    """The first is made by PyTorch's constructor, later ones after its example."""
+    mode, where = fake_mode(), torch.device(device)
+
+    def data(*shape: int) -> torch.Tensor:
+        return torch.empty_strided(shape, (1,) * len(shape), dtype=torch.bfloat16, device="meta")
+
+    for shape in [(2, 3), (4,), (), (0, 5)]:
+        mine, theirs = with_data(mode, data(*shape), where), FakeTensor(mode, data(*shape), where)
+        assert type(mine) is FakeTensor and vars(mine) == vars(theirs)
+        assert vars(mine) is not vars(with_data(mode, data(*shape), where))
+        same = [torch._C._dispatch_keys(t) for t in (mine, theirs)]
+        assert same[0] == same[1] and mine.device == theirs.device == where
+        assert mine.shape == theirs.shape and mine.stride() == theirs.stride()
+        assert not mine.requires_grad and mine.requires_grad_().requires_grad
