@@ -72,9 +72,11 @@ def role_of(op: Op, mask: Mask | None = None) -> Role | None:
     rank = weight.type.rank - 2
     if not 1 <= rank <= SPATIAL or any(v.type.rank != rank + 2 for v in op.inputs[:2]):
         return None
-    row = found.role is Role.INPUT
-    alike = not row or _phases_are_alike(op, found.result.static_shape[2:])
-    return found.role if alike and weight.type.static_shape[row] >= LEAST else None
+    backwards = found.role is Role.INPUT
+    if backwards and not _phases_are_alike(op, found.result.static_shape[2:]):
+        return None
+    rows = weight.type.static_shape[1 if backwards else 0]
+    return found.role if rows >= LEAST else None
 
 
 def convolution_of(op: Op, mask: Mask | None = None) -> Convolution | None:
@@ -99,8 +101,9 @@ def convolution_of(op: Op, mask: Mask | None = None) -> Convolution | None:
 def _phases_are_alike(op: Op, size: Sequence[int]) -> bool:
     """Whether the phases of an input's gradient are few, and equally large."""
     steps, gaps = strides_of(op), _spatial(op, "dilation", len(size))
-    numbers = list(zip(_spatially(size), steps, gaps, strict=True))
-    return math.prod(steps) <= PHASES and all(s == 1 or n % s + g == 1 for n, s, g in numbers)
+    numbers = zip(_spatially(size), steps, gaps, strict=True)
+    alike = all(s == 1 or (n % s == 0 and g == 1) for n, s, g in numbers)
+    return alike and math.prod(steps) <= PHASES
 
 
 def parts_of(op: Op) -> list[Mask]:

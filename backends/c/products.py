@@ -140,8 +140,10 @@ def _joined(runs: Sequence[Run]) -> Run:
 
 
 def walks(atoms: Atoms, axes: Axes, strides: Mapping[int, int]) -> bool:
-    """Whether memory is walked by one stride an axis, and along columns without a phase element by
-    element."""
+    """Whether memory is walked by one stride an axis, and along columns element by element.
+
+    Columns that a stride skips to are not neighbours in memory.
+    """
     straight = all(
         strides.get(outer, 0) == strides.get(inner, 0) * atoms.sizes[inner]
         for axis in axes.values()
