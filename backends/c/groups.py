@@ -28,6 +28,7 @@ MAX_NODES = 96
 MAX_SEARCH = 256
 HELD = 1 << 20  # bytes that may be kept alive longer for the sake of one kernel
 MAX_READERS = 4
+_NOTHING: set[int] = set()  # of all units that became part of another
 
 
 @dataclass(eq=False, slots=True)
@@ -311,6 +312,7 @@ class Grouping:
         a.product = a.product or b.product
         b.nodes = []
         b.full = (a.index,)  # where it went
+        b.inputs = b.users = b.places = _NOTHING
 
     def _delay(self, unit: Unit, latest: int) -> None:
         """Notes that a unit, and so all that depend on it, come after a node."""
@@ -362,12 +364,17 @@ class Grouping:
         return False
 
     def finished(self) -> list[Unit]:
-        """The units, each with the units that it reads from."""
+        """The units, each with the units that it reads from. No node can be added after that."""
         units = [u for u in self.units.values() if u.nodes]
         for u in units:
             u.inputs = {self._current(i) for i in u.inputs} - {u.index}
             if self._sums_columns(u):
                 u.outer, u.columns = None, u.outer
+        self.units = {u.index: u for u in units}
+        # Of a long program these are as large as what is written from it.
+        self.readers.clear()
+        self.placed.clear()
+        del self.placement
         return units
 
 
