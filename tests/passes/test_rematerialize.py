@@ -124,6 +124,15 @@ def test_layer_norms_keep_their_statistics() -> None:
     assert {"u", "r", copy.results[0].name} <= read and "a" not in read
 
 
+def test_group_norms_are_computed_again() -> None:
+    f = program(
+        "%a: f32[8,8], %u: f32[8,2], %r: f32[8,2] = aten.native_group_norm.default(%h, _, _)"
+        " {N=8, C=8, HxW=1, group=2, eps=1e-5}",
+        f"%c: f32[8,8] = aten.mul.Tensor(%p, %a) {B}\n%g: f32[8,8] = aten.mul.Tensor(%c, %h) {B}",
+    )
+    assert again(f) == ["aten.native_group_norm.default"]
+
+
 def test_gathered_rows_are_gathered_again() -> None:
     f = program(
         "%i: i64[8] = aten.arange.default() {end=8, dtype=i64}\n"
