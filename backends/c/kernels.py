@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -110,6 +111,9 @@ class _Text:
     def put(self, line: str) -> None:
         self.lines.append(line if line.startswith("#") else "    " * self.depth + line)
 
+    def insert(self, at: int, line: str, depth: int) -> None:
+        self.lines.insert(at, "    " * depth + line)
+
     def open(self, line: str) -> None:
         self.put(line + " {")
         self.depth += 1
@@ -118,6 +122,25 @@ class _Text:
         for _ in range(count):
             self.depth -= 1
             self.put("}")
+
+
+@dataclass
+class _Ahead:
+    """What is loaded before an innermost loop, which reads the same element all along.
+
+    Inside the loop a compiler may put a load behind a condition, and then has no vectors for the
+    loop.
+
+    Attributes:
+        loop: the loop.
+        at, depth: where the loads are written.
+        names: load -> the name of what it gave.
+    """
+
+    loop: Loop
+    at: int
+    depth: int
+    names: dict[str, str] = field(default_factory=dict[str, str])
 
 
 Level = str  # "none", "outer", "columns" or "full"
@@ -151,6 +174,8 @@ class KernelWriter:
         self.changed = {buffer_of(p.node.outs[0]) for p in self.stores}
         self.now = 0
         self.kept: dict[Node, int] = {}
+        self.ahead: _Ahead | None = None
+        self.loaded = 0
         self.number = {p.node: i for i, p in enumerate(unit.nodes)}
         self._resolve_levels()
         self._stages()
@@ -360,7 +385,20 @@ class KernelWriter:
         access = self._access(placed, ref)
         if not access.strides:
             return self._scalar(ref, access.offset)
-        return load(self._element(ref.base, access), ref.base.dtype)
+        element = load(self._element(ref.base, access), ref.base.dtype)
+        if self.ahead is None or access.strides.get(self.ahead.loop.atoms[-1]):
+            return element
+        return self._loaded_ahead(self.ahead, element, ref.base.dtype)
+
+    def _loaded_ahead(self, ahead: _Ahead, element: str, dtype: torch.dtype) -> str:
+        """The name of an element that is loaded before the innermost loop."""
+        name = ahead.names.get(element)
+        if name is None:
+            name = ahead.names[element] = f"s{self.loaded}"
+            line = f"const {REGISTER[dtype]} {name} = {element};"
+            self.text.insert(ahead.at, line, ahead.depth)
+            ahead.at, self.loaded = ahead.at + 1, self.loaded + 1
+        return name
 
     def _scalar(self, ref: Ref, offset: int) -> str:
         """One element that every iteration reads: loaded once, before the loops."""
@@ -545,11 +583,19 @@ class KernelWriter:
             self.text.put(f"#pragma omp {kind}{many} schedule(static)")
         for loop in outside:
             self._for(loop)
-        if outside or not self._is_parallel():
-            self.text.put("#pragma omp simd")
-        self._for(last)
-        self._body(reduced, stored)
+        with self._innermost(last):
+            if outside or not self._is_parallel():
+                self.text.put("#pragma omp simd")
+            self._for(last)
+            self._body(reduced, stored)
         self.text.close(len(outside) + 1)
+
+    @contextmanager
+    def _innermost(self, loop: Loop) -> Iterator[None]:
+        """Writes a loop before which its fixed elements are loaded."""
+        self.ahead = _Ahead(loop, len(self.text.lines), self.text.depth)
+        yield
+        self.ahead = None
 
     def _for(self, loop: Loop) -> None:
         n = loop.name
@@ -663,11 +709,12 @@ class KernelWriter:
         for a in inner:
             a.declare_block(self.text)
         clauses = "".join(f" reduction({c})" for a in inner for c in a.clauses)
-        self.text.put(f"#pragma omp simd{clauses}")
-        n = last.name
-        self.text.open(f"for (int64_t {n} = {low}; {n} < {high}; {n}++)")
-        self._body(reduced, stored)
-        self.text.close()
+        with self._innermost(last):
+            self.text.put(f"#pragma omp simd{clauses}")
+            n = last.name
+            self.text.open(f"for (int64_t {n} = {low}; {n} < {high}; {n}++)")
+            self._body(reduced, stored)
+            self.text.close()
         for a in inner:
             a.flush(self.text)
         self.text.close(len(outside) + long)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from shoestring.backends.c import CBackend
 from shoestring.ir import Builder, Role, TensorType, Value, parse, parse_type
 
-from .helpers import compare
+from .helpers import compare, traced
+
+aten = torch.ops.aten
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS: dict[str, dict[str, Any]] = {
@@ -329,3 +333,20 @@ func @f {
     ops = [k.ops for k in executable.kernels]
     assert ("aten.mul.Tensor", "aten.exp.default") in ops
     assert all(names.count("aten.exp.default") < 2 for names in ops)
+
+
+def test_what_a_loop_reads_all_along_is_loaded_before_it() -> None:
+    """The gradient of a norm per channel and an activation: a condition in each pass."""
+
+    def f(g: Tensor, x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        one = [t.reshape(1, -1, 1, 1) for t in (w, b)]
+        kept = aten.threshold_backward(g, torch.relu(x * one[0] + one[1]), 0)
+        total = kept.sum([0, 2, 3], keepdim=True)
+        return x - total * kept * one[0], torch.where(x > one[1], g, one[0] * x)
+
+    torch.manual_seed(0)
+    images = [torch.randn(3, 5, 7, 16) for _ in range(2)]
+    arguments = [*images, torch.randn(5), torch.randn(5)]
+    executable = compare(traced(f, arguments), arguments, rtol=1e-4, atol=1e-4)
+    for loop in re.findall(r"omp simd.*?\n(.*?)\n    +}\n", executable.source, re.DOTALL):
+        assert not re.search(r"p\d+\[i0\]", loop), loop
