@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -34,21 +33,23 @@ def empty(
 def with_data(mode: FakeTensorMode, data: torch.Tensor, device: torch.device) -> FakeTensor:
     """A fake tensor on a device, of the layout of a meta tensor.
 
-    What PyTorch's constructor writes into each one is the same for all of a mode and a device, so
-    it runs once; it takes twice as long as everything else here.
+    But for the mode, PyTorch's constructor writes the same into all of a device; so it runs once.
+    It takes twice as long as everything else here.
     """
-    state = _STATES.setdefault(mode, {}).get(device)
+    state = _STATES.get(device)
     if state is None or mode._allow_unsafe_data_ptr_access or data.requires_grad:  # pyright: ignore[reportPrivateUsage]
         made = FakeTensor(mode, data, device)
         if type(made) is FakeTensor and made.constant is None and made.real_tensor is None:
-            _STATES[mode].setdefault(device, dict(vars(made)))
+            # The mode of a capture ends with it.
+            _STATES[device] = {k: v for k, v in vars(made).items() if v is not mode}
         return made
     made = torch.Tensor._make_subclass(  # pyright: ignore[reportPrivateUsage]
         FakeTensor, data, False, dispatch_device=True, device_for_backend_keys=device
     )
     torch._C._set_throw_on_mutable_data_ptr(made)  # pyright: ignore[reportPrivateUsage]
     vars(made).update(state)
+    made.fake_mode = mode
     return made
 
 
-_STATES: WeakKeyDictionary[FakeTensorMode, dict[torch.device, dict[str, Any]]] = WeakKeyDictionary()
+_STATES: dict[torch.device, dict[str, Any]] = {}

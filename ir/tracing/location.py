@@ -44,8 +44,8 @@ def _owner_of_file(name: str) -> str:
     return "user"
 
 
-def _user_line(frame: FrameType | None) -> tuple[str, int, bool]:
-    """File and line of the innermost user code, and whether a checkpoint recomputes it."""
+def _above(frame: FrameType | None) -> tuple[str, int, bool]:
+    """File and line of the innermost user code from a frame on, and whether it is recomputed."""
     place: tuple[str, int] | None = None
     recomputed = False
     while frame is not None:
@@ -92,14 +92,17 @@ class Locator:
         self._caller = None
 
     def _user_line(self) -> tuple[str, int, bool]:
-        """Where the program is; looked up once for all ops of one call, such as a whole backward
-        pass: while a frame stands still, so do those that it was called from."""
+        """Where the program is.
+
+        Looked up once for all ops of one call, such as a whole backward pass: while a frame stands
+        still, so do those that it was called from.
+        """
         frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
         while frame is not None and _owner(frame.f_code) == "shoestring":
             frame = frame.f_back
         caller = None if frame is None else (frame, frame.f_lasti)
         if caller is None or caller != self._caller:
-            self._caller, self._line = caller, _user_line(frame)
+            self._caller, self._line = caller, _above(frame)
         return self._line
 
     def _forward_loc(self) -> Loc | None:

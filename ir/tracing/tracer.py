@@ -204,7 +204,7 @@ class Tracer(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         self.locator.forget()
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call] # PyTorch gives it no types
 
     def __torch_dispatch__(
         self,

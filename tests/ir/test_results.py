@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from shoestring.ir.fake import fake_mode, with_data
 from shoestring.ir.tracing.results import Results
@@ -55,7 +57,8 @@ def test_one_of_a_dimension(shape: list[int], conj: bool, data: st.DataObject) -
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_fake_tensors_are_as_pytorch_makes_them(device: str) -> None:
     """The first is made by PyTorch's constructor, later ones after its example."""
-    mode, where = fake_mode(), torch.device(device)
+    first, mode, where = fake_mode(), fake_mode(), torch.device(device)
+    with_data(first, torch.empty(1, device="meta"), where)
 
     def data(*shape: int) -> torch.Tensor:
         return torch.empty_strided(shape, (1,) * len(shape), dtype=torch.bfloat16, device="meta")
@@ -68,3 +71,15 @@ def test_fake_tensors_are_as_pytorch_makes_them(device: str) -> None:
         assert same[0] == same[1] and mine.device == theirs.device == where
         assert mine.shape == theirs.shape and mine.stride() == theirs.stride()
         assert not mine.requires_grad and mine.requires_grad_().requires_grad
+
+
+def test_a_mode_ends_with_its_tensors() -> None:
+    def used() -> weakref.ref[FakeTensorMode]:
+        mode = fake_mode()
+        for _ in range(2):
+            with_data(mode, torch.empty(3, device="meta"), torch.device("cpu"))
+        return weakref.ref(mode)
+
+    mode = used()
+    gc.collect()
+    assert mode() is None
