@@ -64,15 +64,17 @@ class SplitNorms(Pass):
         names = Names(function)
         ops: list[Op] = []
         for op in function.ops:
-            why = _refusal(op) if op.name in NORMS else None
-            report.matched += why is not None
-            if why:
-                report.skip(why, op.loc)
-            if why != "":
+            if op.name not in NORMS:
                 ops.append(op)
                 continue
-            report.changed += 1
-            ops += _split(op, names)
+            report.matched += 1
+            why = _refusal(op)
+            if why:
+                report.skip(why, op.loc)
+                ops.append(op)
+            else:
+                report.changed += 1
+                ops += _split(op, names)
         return (function.with_ops(ops) if report.changed else function), report
 
 

@@ -35,6 +35,7 @@ HEADERS = (
     "prelude.h",
     "vector.h",
     "gemm.h",
+    "digits.h",
     "pack.h",
     "amx.h",
     "pool.h",

@@ -89,6 +89,17 @@ class Unit:
         """Whether a node is a reduction."""
         return self.reduces_all or self.outer is not None or self.columns is not None
 
+    @property
+    def makes(self) -> list[Base]:
+        """The results of its nodes."""
+        return [o for p in self.nodes for o in p.node.outs]
+
+    @property
+    def reads(self) -> list[Ref]:
+        """What its nodes read of what others make."""
+        own = set(self.makes)
+        return [r for p in self.nodes for r in p.node.refs if r.base not in own]
+
 
 class Grouping:
     """The units of a function, under construction."""
@@ -214,7 +225,7 @@ class Grouping:
             return True
         if self.atoms.resolve(a.full):
             return False
-        return all(self.wide_readers.get(o, 0) <= 1 for p in a.nodes for o in p.node.outs)
+        return all(self.wide_readers.get(o, 0) <= 1 for o in a.makes)
 
     def _comes_back(self, a: Unit, b: Unit) -> bool:
         """Whether `b` belongs to the backward pass and would be computed, and kept, before it.
@@ -237,11 +248,10 @@ class Grouping:
         later = (self.units[i] for i in map(self._current, b.inputs))
         if not any(u.last > a.last and (u.library or self.atoms.resolve(u.full)) for u in later):
             return False
-        own = {o for p in a.nodes for o in p.node.outs}
         theirs = {r.base for p in b.nodes for r in p.node.refs}
-        reads = {r.base for p in a.nodes for r in p.node.refs} - own - theirs
+        reads = {r.base for r in a.reads} - theirs
         held = sum(base.nbytes for base in reads if base.node is not None)
-        return held > HELD + 2 * sum(base.nbytes for base in own & theirs)
+        return held > HELD + 2 * sum(base.nbytes for base in theirs.intersection(a.makes))
 
     def _tie_all(self, a: Unit, b: Unit) -> bool:
         """Ties every operand that one unit reads from the other; in a kernel none is in memory."""

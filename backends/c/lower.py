@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -233,7 +234,7 @@ class _Emitter:
         )
         if kernel.scratch:
             pointers += (self.scratch(kernel),)
-        made = [b for p in unit.nodes for b in p.node.outs if b in self.stored]
+        made = [b for b in unit.makes if b in self.stored]
         # Values within a decomposition are not the function's: nothing to compare them with.
         results = {b.value: self.whole(b) for b in made if b.value in self.known}
         written = tuple(pointers[i] for i in kernel.written)
@@ -275,20 +276,24 @@ class _Emitter:
             begin = first.setdefault(home, end)  # nobody may read it
             last[home] = max(last.get(home, end), last[own])
             last[own] = begin - 1
-        stretches: list[Lifetime] = []
-        position = {unit.index: i for i, unit in enumerate(units)}
-        for base, released in self.order.releases.items():
-            home = self.buffer_of(base)
-            last[home] = written = first[home]
-            for s in released:
-                number, read = len(self.arena) + len(stretches), position[s.last.index]
-                part = Lifetime(number, s.nbytes, written + 1, read, home.label, home.index, s.at)
-                stretches.append(part)
+        stretches = list(self.stretches(units, first))
+        last.update((home, first[home]) for home in map(self.buffer_of, self.order.releases))
         buffers = [
             Lifetime(b.index, b.nbytes, first[b], last[b], b.label, *parts.get(b, (None, 0)))
             for b in self.arena
         ]
         return buffers + stretches
+
+    def stretches(self, units: Sequence[Unit], written: Mapping[Buffer, int]) -> Iterator[Lifetime]:
+        """What is left of buffers that are released stretch by stretch, once they are written."""
+        position = {unit.index: i for i, unit in enumerate(units)}
+        number = itertools.count(len(self.arena))
+        for base, released in self.order.releases.items():
+            home = self.buffer_of(base)
+            since = written[home] + 1
+            for s in released:
+                read = position[s.last.index]
+                yield Lifetime(next(number), s.nbytes, since, read, home.label, home.index, s.at)
 
     # -- source --------------------------------------------------------------------------------
 

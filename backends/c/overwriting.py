@@ -25,22 +25,17 @@ def overwritten(
         kept: bases whose place is decided otherwise: state, and what must survive to the end.
         atoms: the loops.
     """
-    last = {base: unit for unit in order for base in _reads(unit)}
+    last = {ref.base: unit for unit in order for ref in unit.reads}
     found: dict[Base, Base] = {}
     for unit in order:
-        free = [b for b in _reads(unit) if last[b] is unit and b.node is not None and b not in kept]
-        for new in (o for p in unit.nodes for o in p.node.outs if o in stored and o not in kept):
+        reads = dict.fromkeys(ref.base for ref in unit.reads)
+        free = [b for b in reads if last[b] is unit and b.node is not None and b not in kept]
+        for new in (o for o in unit.makes if o in stored and o not in kept):
             old = next((b for b in free if _fits(unit, b, new, atoms)), None)
             if old is not None:
                 found[new] = old
                 free.remove(old)
     return found
-
-
-def _reads(unit: Unit) -> list[Base]:
-    """What a unit reads from memory, each once."""
-    own = {o for p in unit.nodes for o in p.node.outs}
-    return list(dict.fromkeys(r.base for p in unit.nodes for r in p.node.refs if r.base not in own))
 
 
 def _fits(unit: Unit, old: Base, new: Base, atoms: Atoms) -> bool:

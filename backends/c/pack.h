@@ -9,7 +9,7 @@
  *   neighbours, one element at a time elsewhere.
  */
 #pragma once
-#include "gemm.h"
+#include "digits.h"
 #include "vector.h"
 
 /* A matrix as the tile sees it: `k` along units, `j` across lanes. */
@@ -21,28 +21,6 @@ typedef struct {
 } Source;
 
 static int listed(Source s) { return s.k || s.j; }
-
-/* at[i] = where element `from + i` of a dimension is, counted in elements. */
-static void list(const ss_digits *d, int64_t stride, int64_t from, int64_t count, int64_t *at) {
-    if (!d) {
-        for (int64_t i = 0; i < count; i++) at[i] = (from + i) * stride;
-        return;
-    }
-    int64_t digit[SS_DIGITS], sum = 0;
-    for (int64_t r = SS_DIGITS - 1, left = from; r >= 0; left /= d->size[r], r--) {
-        digit[r] = left % d->size[r];
-        sum += digit[r] * d->stride[r];
-    }
-    for (int64_t i = 0; i < count; i++) {
-        at[i] = sum;
-        for (int64_t r = SS_DIGITS - 1; r >= 0; r--) {
-            sum += d->stride[r];
-            if (++digit[r] < d->size[r]) break;
-            sum -= digit[r] * d->stride[r];
-            digit[r] = 0;
-        }
-    }
-}
 
 /* How many of the positions from `at` on are neighbours in memory, up to `limit`. */
 SS_INLINE int64_t neighbours(const int64_t *at, int64_t limit) {

@@ -76,8 +76,8 @@ class ProductWriter(KernelWriter):
         room = scratch = f"b[{len(self.pointers)}]"
         if frame is not None:
             framed = frame.nbytes(images)
-            lines += [_frame(frame, images)]
-            lines += [f"    ss_frame_run(&frame, {starts[0][1]}, {scratch});"]
+            run = f"    ss_frame_run(&frame, {starts[0][1]}, {scratch});"
+            lines += [_frame(frame, images), run]
             room = f"(char *){scratch} + {framed}"
         threads = torch.get_num_threads()
         for sides, (left, right) in zip(self.sides, starts, strict=True):

@@ -33,8 +33,7 @@ def releases(order: Sequence[Unit], kept: set[Base]) -> dict[Base, list[Stretch]
     found: dict[Base, dict[tuple[int, int], Unit]] = {}
     whole = set(kept)
     for unit in order:
-        own = {o for p in unit.nodes for o in p.node.outs}
-        for ref in (r for p in unit.nodes for r in p.node.refs if r.base not in own):
+        for ref in unit.reads:
             base = ref.base
             if base.node is None or base in whole:
                 continue

@@ -65,10 +65,8 @@ def schedule(work: WorkList, units: list[Unit], atoms: Atoms, stored: set[Base])
 
 
 def _task(unit: Unit, stored: set[Base]) -> _Task:
-    made = [b for p in unit.nodes for b in p.node.outs]
-    own = set(made)
-    reads = {r.base for p in unit.nodes for r in p.node.refs if r.base not in own}
-    return _Task(unit, reads, [b for b in made if b in stored])
+    reads = {ref.base for ref in unit.reads}
+    return _Task(unit, reads, [b for b in unit.makes if b in stored])
 
 
 def _kept(work: WorkList) -> set[Base]:

@@ -2,17 +2,10 @@
 
 #include <string.h>
 
+#include "digits.h"
+
 enum { OUT, TARGET };
 enum { SOME = 64 }; /* columns whose positions are found together */
-
-static int64_t along(const ss_digits *d, int64_t i) {
-    int64_t at = 0;
-    for (int digit = SS_DIGITS - 1; digit >= 0; digit--) {
-        at += i % d->size[digit] * d->stride[digit];
-        i /= d->size[digit];
-    }
-    return at;
-}
 
 static void store(void *const *b, int64_t batch, int64_t row, int64_t col, int64_t rows, int64_t cols,
                   const float *tile, int64_t stride) {
@@ -20,17 +13,18 @@ static void store(void *const *b, int64_t batch, int64_t row, int64_t col, int64
     for (int64_t from = 0; from < cols; from += SOME) {
         const int64_t count = cols - from < SOME ? cols - from : SOME;
         int64_t at[SOME];
-        for (int64_t j = 0; j < count; j++)
-            at[j] = to->offset + batch * to->batch + row * to->row + along(&to->cols, col + from + j);
-        for (int64_t i = 0; i < rows; i++)
+        list(&to->cols, 0, col + from, count, at);
+        for (int64_t i = 0; i < rows; i++) {
+            const int64_t first = to->offset + batch * to->batch + (row + i) * to->row;
             for (int64_t j = 0; j < count; j++) {
                 uint32_t bits;
                 memcpy(&bits, tile + i * stride + from + j, 4);
                 if (to->type == SS_F32)
-                    ((uint32_t *)b[OUT])[at[j] + i * to->row] = bits;
+                    ((uint32_t *)b[OUT])[first + at[j]] = bits;
                 else
-                    ((uint16_t *)b[OUT])[at[j] + i * to->row] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+                    ((uint16_t *)b[OUT])[first + at[j]] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
             }
+        }
     }
 }
 
