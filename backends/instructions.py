@@ -121,6 +121,7 @@ class CallKernel:
         ops: names of the IR ops that it carries out.
         work: what they have to do at least.
         why: what kind of kernel it is.
+        otherwise: what is done instead where the kernel declines; None where it never does.
     """
 
     kernel: str
@@ -131,6 +132,7 @@ class CallKernel:
     loc: Loc = Loc()
     work: Work = Work()
     why: str = ""
+    otherwise: CallTorch | None = None
 
     @property
     def name(self) -> str:

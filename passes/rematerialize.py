@@ -17,6 +17,7 @@ CHEAP = frozenset({Kind.POINTWISE, Kind.VIEW, Kind.CREATION})
 ONE_PASS = frozenset(
     {"aten.native_layer_norm.default", "aten.native_group_norm.default", "aten.index.Tensor"}
 )
+CASTS = frozenset({"aten._to_copy.default"})
 KEPT_INSTEAD = 4  # members of a group that may be kept instead of what all depend on
 LATER = frozenset({Phase.BACKWARD, Phase.RECOMPUTE, Phase.UPDATE})
 
@@ -27,8 +28,8 @@ class Rematerialize(Pass):
 
     Of an activation function written in eight pointwise ops only the input stays alive between
     forward and backward. The duplicates are of phase `recompute`: they do not merge with their
-    originals again. Random draws, contractions, reductions and roundings of weights are never
-    duplicated; a layer norm and a gather, each one pass over memory, are. Keeping an input that
+    originals again. Random draws, contractions and reductions are never duplicated; a layer norm and
+    a gather, each one pass over memory, are. Keeping an input that
     nobody else keeps is worth it where it is smaller than what it replaces.
 
     Attributes:
@@ -78,7 +79,7 @@ class Rematerialize(Pass):
     numerics: ClassVar[Numerics] = Numerics.EXACT
 
     def run(self, function: Function) -> tuple[Function, PassReport]:
-        plan = _Plan(function, self.max_chain)
+        plan = _Plan(function, self.max_chain, self.window)
         chosen = plan.choose()
         report = plan.report
         if not chosen:
@@ -97,7 +98,7 @@ class Rematerialize(Pass):
 class _Plan:
     """Decides which saved values are computed again, and from what."""
 
-    def __init__(self, function: Function, max_chain: int) -> None:
+    def __init__(self, function: Function, max_chain: int, window: int) -> None:
         self.function = function
         self.max_chain = max_chain
         self.roots = storage_roots(function)
@@ -105,7 +106,7 @@ class _Plan:
         self.saved = _saved(function, self.roots)
         self.report.matched = len(self.saved)
         self.available = {p.value for p in function.params}
-        self.available |= _rounded_parameters(function)
+        self.available |= _held_meanwhile(function, window)
         self.available.update(self.roots[v] for v in _kept_anyway(function, self.saved))
 
     def choose(self) -> set[Value]:
@@ -217,11 +218,25 @@ def cheap_results(op: Op) -> tuple[Value, ...]:
     return op.results if op.opdef.kind in CHEAP else ()
 
 
-def _rounded_parameters(function: Function) -> set[Value]:
-    """Weights in a lower precision: rounding all of them a second time costs more than keeping."""
+def _held_meanwhile(function: Function, window: int) -> set[Value]:
+    """Weights in a lower precision whose backward readers come soon after the forward ones.
+
+    So it is with the weights of a loss in chunks: rounding them for each chunk would cost more time,
+    and memory for a second copy.
+    """
     own = {p.value for p in function.params if p.role is Role.PARAMETER}
-    casts = (op for op in function.ops if op.name == "aten._to_copy.default")
-    return {op.result for op in casts if op.inputs[0] in own}
+    casts = {o.result for o in function.ops if o.name in CASTS and o.inputs[0] in own}
+    last: dict[Value, int] = {}
+    far: set[Value] = set()
+    for i, op in enumerate(function.ops):
+        for v in casts.intersection(op.inputs):
+            if op.loc.phase is Phase.FORWARD:
+                last[v] = i
+            elif i - last.get(v, i) > window:
+                far.add(v)
+            else:
+                last[v] = i
+    return casts - far
 
 
 def _saved(function: Function, roots: Mapping[Value, Value]) -> list[Value]:

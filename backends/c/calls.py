@@ -43,18 +43,25 @@ class KernelCalls:
     Args:
         library: the built kernels.
         instructions: of the program; those that are no kernels have no place in the table.
+        declined: does an instruction whose kernel declined.
     """
 
-    def __init__(self, library: ctypes.CDLL | None, instructions: Sequence[Instruction]) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL | None,
+        instructions: Sequence[Instruction],
+        declined: Callable[[int], None],
+    ) -> None:
         kernels = [(i, k) for i, k in enumerate(instructions) if isinstance(k, CallKernel)]
         self._place = {index: at for at, (index, _) in enumerate(kernels)}
         self._pointers = [(ctypes.c_void_p * len(k.pointers))() for _, k in kernels]
         self._table = (_Call * len(kernels))()
         self._library = library
+        self._declined = declined
         if library is None:
             return
         Pool.join(library)
-        library.ss_run.restype = None
+        library.ss_run.restype = ctypes.c_int64
         library.ss_run.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         for call, pointers, (_, kernel) in zip(self._table, self._pointers, kernels, strict=True):
             call.kernel = ctypes.cast(getattr(library, kernel.kernel), ctypes.c_void_p)
@@ -69,6 +76,14 @@ class KernelCalls:
     def stretch(self, first: int, count: int) -> Callable[[], None]:
         """The call of `count` kernels from instruction `first` on."""
         assert self._library is not None, "a program with kernels has a library"
-        run = self._library.ss_run
-        start = ctypes.addressof(self._table) + self._place[first] * ctypes.sizeof(_Call)
-        return lambda: run(start, count)
+        run, size = self._library.ss_run, ctypes.sizeof(_Call)
+        start = ctypes.addressof(self._table) + self._place[first] * size
+
+        def call() -> None:
+            done = run(start, count)
+            while done < count:
+                self._declined(first + done)
+                done += 1
+                done += run(start + done * size, count - done)
+
+        return call

@@ -27,6 +27,7 @@ class Claim:
         pointers: what each `b[i]` points to; `b[len(pointers)]` is the scratch if there is any.
         written: positions in `pointers` that it writes.
         scratch: bytes that it needs while it runs; planned like any buffer.
+        declines: whether it may set `ss_declined` and leave the work to PyTorch.
     """
 
     stem: str
@@ -35,6 +36,7 @@ class Claim:
     pointers: tuple[Ref, ...]
     written: tuple[int, ...]
     scratch: int = 0
+    declines: bool = False
 
 
 Claimer = Callable[["Node"], Claim | str | None]
@@ -43,11 +45,11 @@ Orders = tuple[tuple[int, ...], ...]
 
 def claim(node: Node) -> Claim | str | None:
     """The C for a library node, or why there is none; None where nobody knows the op."""
-    from . import attention, copies, embedding, packing, pooling
+    from . import attention, copies, packing, pooling, rows
 
     claimers: tuple[Claimer, ...] = (
         attention.claim,
-        embedding.claim,
+        rows.claim,
         copies.claim,
         pooling.claim,
         packing.claim,

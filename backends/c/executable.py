@@ -89,7 +89,7 @@ class CExecutable:
         self._keys: list[tuple[int, tuple[int, ...]] | None] = [None] * len(self._held)
         self._staged: dict[int, torch.Tensor] = {}
         self._all = [*program.instructions, *program.copies]
-        self._kernels = KernelCalls(library, self._all)
+        self._kernels = KernelCalls(library, self._all, self._do_otherwise)
         self._calls: list[Call] = [
             self._kernels.stretch(i, 1) if isinstance(k, CallKernel) else _unbound
             for i, k in enumerate(self._all)
@@ -233,6 +233,12 @@ class CExecutable:
         return torch.as_strided(
             flat, region.shape, region.strides, flat.storage_offset() + region.offset
         )
+
+    def _do_otherwise(self, index: int) -> None:
+        """Runs what stands in for a kernel that declined: it succeeds, or raises PyTorch's error."""
+        instruction = self._all[index]
+        assert isinstance(instruction, CallKernel) and instruction.otherwise is not None
+        self._bound(instruction.otherwise)()
 
     # -- binding -------------------------------------------------------------------------------
 

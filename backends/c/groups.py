@@ -130,12 +130,27 @@ class Grouping:
             kept = placed.result_loops
             unit.outer, unit.reduces_all = (kept, False) if kept else (None, True)
         if self.fuse:
-            for ref in [] if reads_whole(node) else node.refs:
+            for ref in self._mergeable(node):
                 self._try_merge(ref, placed)
             if node.work is Work.REDUCTION:
                 self._join_readers(node.refs[0], placed)
         for ref in node.refs:
             self.readers.setdefault(ref.base, []).append((ref, placed))
+
+    def _mergeable(self, node: Node) -> list[Ref]:
+        """What a node reads element by element: first what products make, the last of them first.
+
+        A kernel has one product. So each of many is added to their sum at once, and none waits for
+        the others.
+        """
+        refs = [] if reads_whole(node) else node.refs
+        return sorted(refs, key=lambda ref: self._product_of(ref), reverse=True)
+
+    def _product_of(self, ref: Ref) -> int:
+        """The product in whose kernel an operand is made, or -1."""
+        maker = ref.base.node
+        product = self.units[self.unit_of[maker]].product if maker in self.unit_of else None
+        return product.node.index if product else -1
 
     def _new_unit(self, placed: Placed, library: bool = False) -> Unit:
         node = placed.node

@@ -37,7 +37,7 @@ from .schedule import Order, schedule
 from .tuning import slower_products
 
 SOURCE_FILES = 4
-HEADER_OF = {"gemm.h": "ss_gemm", "attention.h": "ss_attention"}
+HEADER_OF = {"gemm.h": "ss_gemm", "attention.h": "ss_attention", "run.h": "ss_declined"}
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,8 @@ class _Emitter:
         results = {v: r for v, r in places.items() if v in self.known}
         work = work_of_op(node.op, map(self.region, found.pointers))
         why = "written for this op"
-        return CallKernel(name, pointers, written, results, ops, node.loc, work, why)
+        otherwise = self.library_call(node, "its kernel declined") if found.declines else None
+        return CallKernel(name, pointers, written, results, ops, node.loc, work, why, otherwise)
 
     def name_of(self, kernel: Kernel) -> str:
         """The C function's name; kernels of equal text share one."""

@@ -155,18 +155,23 @@ SS_INLINE float ss_erff(float a) {
     float y = t > 0.927734375f ? large : p;
     return a != a ? a : y;
 }
-/* tanh: an odd polynomial near zero, 1 - 2 / (e^2|x| + 1) elsewhere. */
+/* tanh: e / (e + 2) with e = e^2|x| - 1 = 2^i (e^f - 1) + (2^i - 1), which loses nothing near zero. */
 SS_INLINE float ss_tanhf(float x) {
-    float t = fabsf(x), s = x * x;
-    float large = copysignf(1.0f - 2.0f / (ss_expf(2.0f * t) + 1.0f), x);
-    float p = -5.70498872745e-3f;
-    p = SS_FMAF(p, s, 2.06390887954e-2f);
-    p = SS_FMAF(p, s, -5.37397155531e-2f);
-    p = SS_FMAF(p, s, 1.33314422036e-1f);
-    p = SS_FMAF(p, s, -3.33332819422e-1f);
-    p = SS_FMAF(p * s, x, x);
-    float y = t >= 0.625f ? large : p;
-    return x != x ? x : y;
+    float t = fabsf(x);
+    float a = 10.0f < t ? 10.0f : t;
+    float z = SS_FMAF(2.885390f, a, 12582912.0f); /* its last bits are i */
+    float j = z - 12582912.0f;
+    float f = SS_FMAF(j, -6.93145752e-1f, a + a);
+    f = SS_FMAF(j, -1.42860677e-6f, f);
+    float r = 1.37805939e-3f;
+    r = SS_FMAF(r, f, 8.37312452e-3f);
+    r = SS_FMAF(r, f, 4.16695364e-2f);
+    r = SS_FMAF(r, f, 1.66664720e-1f);
+    r = SS_FMAF(r, f, 4.99999851e-1f);
+    r = SS_FMAF(r * f, f, f);
+    float scale = ss_float((ss_bits(z) << 23) + 0x3f800000u);
+    float e = SS_FMAF(scale, r, scale - 1.0f);
+    return copysignf(e / (e + 2.0f), x);
 }
 SS_INLINE float ss_sigmoidf(float x) { return 1.0f / (1.0f + ss_expf(-x)); }
 SS_INLINE double ss_exp(double x) { return exp(x); }

@@ -156,3 +156,34 @@ def test_what_was_too_far_is_nearer_to_what_is_kept_meanwhile() -> None:
     g, report = Rematerialize(max_chain=3).run(f)
     names = [op.name for op in g.ops if op.loc.phase is Phase.RECOMPUTE]
     assert "aten.tanh.default" in names, str(report)
+
+
+def rounded(between: int) -> Function:
+    """A weight in bf16, read once in each direction, with so many products between."""
+    chain = "\n".join(
+        f"  %c{i + 1}: bf16[256,256] = aten.mm.default(%c{i}, %xb)" for i in range(between)
+    )
+    return parse(f"""
+func @f {{
+  parameter %w: f32[256,256] "w"
+  batch %x: f32[256,256] "x"
+  %xb: bf16[256,256] = aten._to_copy.default(%x) {{dtype=bf16}}
+  %b: bf16[256,256] = aten._to_copy.default(%w) {{dtype=bf16}}
+  %c0: bf16[256,256] = aten.mm.default(%xb, %b)
+{chain}
+  %g: bf16[256,256] = aten.mm.default(%c{between}, %b) {B}
+  return g=%g
+}}
+""")
+
+
+def test_weights_are_rounded_again() -> None:
+    """Where the backward pass is far away; the first copy lives no longer than its readers."""
+    f = rounded(between=70)
+    assert again(f) == ["aten._to_copy.default"]
+    g, _ = Rematerialize().run(f)
+    assert measure(g).peak < measure(f).peak
+
+
+def test_weights_that_are_read_again_soon_are_rounded_once() -> None:
+    assert again(rounded(between=3)) == []

@@ -1,0 +1,159 @@
+"""Rows by their positions: gathered, added up, and the gradient of an embedding table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoestring.backends.c import CBackend
+from shoestring.backends.instructions import CallKernel
+from .helpers import compare, traced
+
+aten = torch.ops.aten
+
+
+def by_kernel(f: Callable[..., Any], arguments: Sequence[Tensor], tolerance: float = 0.0) -> bool:
+    """Compares with PyTorch's; whether a generated kernel did it."""
+    executable = compare(traced(f, arguments), arguments, rtol=tolerance, atol=tolerance)
+    return isinstance(executable.instructions[-1], CallKernel)
+
+
+def run(grad: Tensor, rows: Tensor, count: int, padding: int = -1, scale: bool = False) -> bool:
+    """Compares with PyTorch's; whether a generated kernel did it."""
+    return by_kernel(
+        lambda g, r: aten.embedding_dense_backward(g, r, count, padding, scale), (grad, rows), 1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("index", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (7, 11), (3, 1, 5)])
+@pytest.mark.parametrize("width", [1, 63, 64, 129])
+def test_gradient(
+    shape: tuple[int, ...], width: int, dtype: torch.dtype, index: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    rows = torch.randint(0, 13, shape).to(index)
+    assert run(torch.randn(*shape, width, dtype=dtype), rows, 13)
+    assert run(torch.randn(*shape, width, dtype=dtype), rows, 13, padding=int(rows.flatten()[0]))
+
+
+def test_what_is_left_to_pytorch() -> None:
+    rows = torch.tensor([1, 1, 2])
+    assert not run(torch.randn(3, 5), rows, 4, scale=True)
+    assert not run(torch.randn(3, 5).bfloat16(), rows, 4)
+    run(torch.randn(0, 5), torch.zeros(0, dtype=torch.int64), 4)
+
+
+def test_threads_do_not_change_the_gradient() -> None:
+    torch.manual_seed(0)
+    grad, rows = torch.randn(5000, 130), torch.randint(0, 600, (5000,))
+    f = traced(lambda g, r: aten.embedding_dense_backward(g, r, 600, -1, False), (grad, rows))
+    executable = CBackend().compile(f)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = executable.run([grad, rows])
+        torch.set_num_threads(2)
+        two = executable.run([grad, rows])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one[0], two[0])
+
+
+TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool)
+
+
+def table(rows: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (4 * torch.randn(rows, *shape)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (7, 11), (3, 1, 5)])
+@pytest.mark.parametrize("width", [(), (1,), (63,), (2, 65)])
+def test_gathers(shape: tuple[int, ...], width: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Positions may count from the end."""
+    torch.manual_seed(0)
+    rows = torch.randint(-13, 13, shape)
+    assert by_kernel(lambda x, r: aten.index(x, [r]), (table(13, *width, dtype=dtype), rows))
+    if len(width) == 1:
+        assert by_kernel(aten.embedding, (table(13, *width, dtype=dtype), rows % 13))
+
+
+def test_gathers_of_views() -> None:
+    """Rows apart from each other, one row many times, and what is no table of rows."""
+    torch.manual_seed(0)
+    rows, x = torch.randint(0, 7, (9,)), table(14, 10)
+    assert by_kernel(lambda x, r: aten.index(x[::2, 3:], [r]), (x, rows))
+    assert by_kernel(lambda x, r: aten.index(x[:1].expand(7, 10), [r]), (x, rows))
+    assert not by_kernel(lambda x, r: aten.index(x.t(), [r]), (x, rows))
+    assert not by_kernel(lambda x, r: aten.index(x, [None, r]), (x, rows))
+    assert not by_kernel(lambda x, r: aten.index(x, [r, r]), (x, rows))
+    by_kernel(lambda x, r: aten.index(x, [r]), (x, rows[:0]))
+    by_kernel(lambda x, r: aten.index(x[:, :0], [r]), (x, rows))
+
+
+SUMS = ((torch.float32, 1e-6), (torch.float64, 1e-12), (torch.bfloat16, 0.0))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), SUMS, ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (70, 11), (3, 1, 5)])
+@pytest.mark.parametrize("width", [(), (1,), (63,), (2, 65)])
+def test_sums(
+    shape: tuple[int, ...], width: tuple[int, ...], dtype: torch.dtype, tolerance: float
+) -> None:
+    """In 16 bits each addition is rounded, in the order of the positions: equal to the last bit."""
+    torch.manual_seed(0)
+    rows, x = torch.randint(-13, 13, shape), table(13, *width, dtype=dtype)
+    values = torch.randn((*shape, *width)).to(dtype)
+    assert by_kernel(lambda x, r, v: aten.index_put(x, [r], v, True), (x, rows, values), tolerance)
+
+
+def test_sums_of_views_and_what_is_left_to_pytorch() -> None:
+    torch.manual_seed(0)
+    rows, x, v = torch.randint(0, 7, (9,)), table(7, 10), table(18, 10)
+
+    def sums(x: Tensor, v: Tensor, rows: Tensor = rows, add: bool = True) -> bool:
+        return by_kernel(lambda x, r, v: aten.index_put(x, [r], v[::2], add), (x, rows, v), 1e-6)
+
+    assert sums(x, v)
+    assert not sums(x, v[:, :1])  # one value for a row
+    assert not sums(x.half(), v.half())
+    assert sums(torch.zeros(1, 1).expand(7, 10), v) and sums(x[:1].expand(7, 10), v)
+    assert sums(x, torch.zeros(18, 1).expand(18, 10))
+    assert sums(x, v[:14], rows=torch.randperm(7), add=False)
+    assert sums(x.half(), v[:14].half(), rows=torch.randperm(7), add=False)
+    assert not sums(x, v[:2], rows=torch.arange(7) > 3)
+
+
+@pytest.mark.parametrize("position", [5, -6, 2**40])
+def test_a_position_outside_is_an_error(position: int) -> None:
+    """PyTorch's own, at the first run and at the next; state that comes later is not touched."""
+    x, good, v = table(5, 3), torch.tensor([0, 4, -5, 2]), table(4, 3)
+    bad = torch.tensor([0, position, 1, 2])
+    for f in (
+        lambda x, r, v: aten.index(x + 1, [r]) + v,
+        lambda x, r, v: aten.index_put(x + 1, [r], v, True) * 2,
+        lambda x, r, v: aten.embedding(x + 1, r) + v,
+    ):
+        executable = CBackend().compile(traced(f, (x, good, v)))
+        for _ in range(2):
+            with pytest.raises(IndexError, match="out of|range"):
+                executable.run([x, bad, v])
+        inside = good % 5
+        (found,) = executable.run([x, inside, v])
+        assert torch.allclose(found, f(x, inside, v))
+
+
+def test_a_kernel_that_declines_leaves_the_rest_to_be_run() -> None:
+    """A position from the end is an error of an embedding: PyTorch's, between two kernels."""
+    x, rows = table(5, 3), torch.tensor([1, 3])
+    executable = CBackend().compile(traced(lambda x, r: aten.embedding(x * 2, r) + 1, (x, rows)))
+    kernels = [i for i in executable.instructions if isinstance(i, CallKernel)]
+    assert [k.otherwise is not None for k in kernels].count(True) == 1
+    with pytest.raises(IndexError):
+        executable.run([x, torch.tensor([1, -1])])
