@@ -36,6 +36,12 @@ class Pool:
             cls.first.ss_pool_resize(ctypes.c_int64(threads))
             cls.size = threads
 
+    @classmethod
+    def rest(cls) -> None:
+        """Sends waiting workers to sleep, so that their cores are free for other threads."""
+        if cls.first is not None:
+            cls.first.ss_pool_rest()
+
 
 class KernelCalls:
     """The table of calls that `ss_run` walks over, in the order of the instructions.

@@ -2,7 +2,9 @@
 
 The threads of GNU OpenMP, with which PyTorch is built for Linux, spin for some milliseconds after
 each piece of work, on cores that our own pool needs meanwhile. So a small call of PyTorch runs on
-one thread, and after a large one its threads are let go: new ones are started in 0.1 ms.
+one thread, and after a large one its threads are let go: new ones are started in 0.1 ms. They need a
+core that is idle: where a worker of the pool still spins on it, the system may put them beside the
+caller's thread, where they wait for its time to end. So workers sleep before a large call.
 With another OpenMP, nothing is done.
 """
 
@@ -19,6 +21,7 @@ import torch
 from shoestring.ir import Kind
 
 from ..instructions import CallTorch
+from .calls import Pool
 
 Call = Callable[[], object]
 SOFT = 1  # omp_pause_soft of omp.h
@@ -72,6 +75,7 @@ def considerate(call: Call, small: bool) -> Call:
             library.omp_pause_resource_all(SOFT)  # of MKL, where `torch.set_num_threads` was called
 
     def released() -> None:
+        Pool.rest()
         call()
         library.omp_pause_resource_all(SOFT)
 

@@ -215,7 +215,16 @@ static void pack_lanes(Source s, int64_t u0, int64_t units, int64_t k_end, int64
     for (int64_t u = 0; u < units; u++) {
         const char *ahead = s.p + ((u0 + u + AHEAD) * each + j) * size;
         for (int64_t at = 0; at < count * width * size; at += 64) __builtin_prefetch(ahead + at);
-        for (int64_t c = 0; c < count; c++) {
+        int64_t c = 0;
+#if SS_LANES == 16 /* a vector is two rows of panels */
+        for (; width == ROWS && c + 2 <= count; c += 2) {
+            float both[SS_LANES], *o = out + c * floats + u * ROWS;
+            ss_vstore(both, lanes(s, u0 + u, j + c * ROWS, k_end, pairs));
+            memcpy(o, both, sizeof both / 2);
+            memcpy(o + floats, both + ROWS, sizeof both / 2);
+        }
+#endif
+        for (; c < count; c++) {
             float *o = out + c * floats + u * width;
             if (width == ROWS)
                 rows_of(s, u0 + u, j + c * ROWS, k_end, pairs, o);

@@ -53,6 +53,7 @@ static struct {
     _Atomic int64_t limit;      /* workers from this number on take no part: there were more before */
     _Atomic uint32_t published; /* changes with each piece of work; workers sleep on it */
     _Atomic int sleepers;
+    _Atomic int resting;        /* whether workers sleep at once, as others need their cores */
     pthread_mutex_t owner;      /* held while a piece of work is under way */
     int64_t started, wanted;    /* threads, the caller among them */
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .started = 1, .wanted = 1};
@@ -116,7 +117,7 @@ static void *work(void *argument) {
         uint32_t published;
         for (int turn = 1; (published = atomic_load(&pool.published)) == seen; turn++) {
             pause_briefly();
-            if (turn % 64 == 0 && now() > until) {
+            if (atomic_load(&pool.resting) || (turn % 64 == 0 && now() > until)) {
                 sleep_until_published(seen);
                 until = now() + SPIN;
             }
@@ -166,6 +167,7 @@ static void own_parallel(ss_part part, void *context, int64_t parts) {
     atomic_store(&pool.context, context);
     atomic_store(&pool.done, 0);
     atomic_store(&pool.limit, pool.wanted);
+    atomic_store(&pool.resting, 0);
     const uint64_t number = (atomic_load(&pool.ticket) >> 2 * PART_BITS) + 1;
     atomic_store(&pool.ticket, ticket_of(number, (uint64_t)parts));
     atomic_fetch_add(&pool.published, 1);
@@ -182,19 +184,24 @@ static void own_resize(int64_t threads) {
     pool.wanted = threads < 1 ? 1 : threads > MOST_WORKERS ? MOST_WORKERS : threads;
 }
 
+static void own_rest(void) { atomic_store(&pool.resting, 1); }
+
 typedef struct {
     void (*parallel)(ss_part, void *, int64_t);
     int64_t (*threads)(void);
     void (*resize)(int64_t);
+    void (*rest)(void);
 } Pool;
 
-static const Pool own = {own_parallel, own_threads, own_resize};
+static const Pool own = {own_parallel, own_threads, own_resize, own_rest};
 static const Pool *current = &own;
 
 /* This library's pool, for other libraries to adopt. */
 const void *ss_pool_own(void) { return &own; }
 void ss_pool_adopt(const void *other) { current = other; }
 void ss_pool_resize(int64_t threads) { current->resize(threads); }
+/* Sends workers to sleep until there is work: the library that is called next has threads of its own. */
+void ss_pool_rest(void) { current->rest(); }
 
 HIDDEN void ss_parallel(ss_part part, void *context, int64_t parts) {
     current->parallel(part, context, parts);
