@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
-import mmap
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,9 +30,9 @@ from .calls import KernelCalls, Pool
 from .library import bind_call
 from .lower import KernelInfo
 from .openmp import considerate, is_small, let_go
+from .pages import fresh_pages
 
 Call = Callable[[], object]
-ADVICE = (14, 18)  # MADV_HUGEPAGE and MADV_WIPEONFORK of Linux; Python's mmap lacks the latter
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class CExecutable:
         self.kernels = tuple(kernels)
         self.sources = tuple(sources)
         self.info = info
-        self._arena = _arena(program.plan.arena_bytes)
+        self._arena = fresh_pages(program.plan.arena_bytes)
         self._arena_start = self._arena.data_ptr()
         self._constants = [t.contiguous() for t in program.constants]
         self._held: list[torch.Tensor | None] = [None] * len(program.function.params)
@@ -354,22 +352,6 @@ def _users(
         if region.buffer.space is Space.ARGUMENT:
             outs.setdefault(region.buffer.index, []).append(o)
     return calls, outs
-
-
-def _arena(count: int) -> torch.Tensor:
-    """Zeroed pages, huge ones where they are to be had; a tensor that no kernel can resize.
-
-    Private pages: those shared between processes are never huge as most kernels are set up. A child
-    process, such as one that loads data, gets zeros instead of a copy of each page written after it
-    was forked; a step reads nothing that it has not written.
-    """
-    if count == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    pages = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for advice in ADVICE if sys.platform == "linux" else ():
-        with contextlib.suppress(OSError):  # a kernel without it
-            pages.madvise(advice)
-    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def _must_stage(arguments: Sequence[torch.Tensor], written: set[int]) -> set[int]:

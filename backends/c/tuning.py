@@ -30,6 +30,7 @@ from .convolutions import role_of, target_of
 from .library import bind_call, way_of
 from .nodes import Node, Work, normalize
 from .openmp import considerate
+from .pages import fresh_pages
 from .products import TYPES, is_product, matrices_of, sides_of
 from .sides import DIGITS, Sides, Target, count_of, stride_of, written_out
 
@@ -229,7 +230,8 @@ class Trial:
             self.room = frame.nbytes(images)
         self.library, self.threads = _runtime(), torch.get_num_threads()
         share = max(self.library.ss_gemm_scratch(ctypes.byref(p.gemm)) for p in self.products)
-        self.scratch = torch.empty(self.room + share * self.threads, dtype=torch.uint8)
+        # Of huge pages, as in a step: scattered small ones compete for their places in the cache.
+        self.scratch = fresh_pages(self.room + share * self.threads)
         tensors = dict(zip(op.inputs, operands, strict=True))
         self.a, self.x = (tensors[v] for v in matrices_of(op)[:2])
         self.out = out
