@@ -452,6 +452,7 @@ class KernelWriter:
         if not isinstance(source, Ref) or not isinstance(operand, tuple):
             return operand
         exact = node.name in EXACT_NUMBER and i == 1 and source.layout.numel == 1
+        exact = exact or node.name == "aten._to_copy.default"  # whose result is rounded
         if exact or node.name != node.op.name or source.dtype in (*HALVES, torch.bool):
             return operand
         text, old, rank = operand
