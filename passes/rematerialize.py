@@ -28,9 +28,9 @@ class Rematerialize(Pass):
 
     Of an activation function written in eight pointwise ops only the input stays alive between
     forward and backward. The duplicates are of phase `recompute`: they do not merge with their
-    originals again. Random draws, contractions and reductions are never duplicated; a layer norm and
-    a gather, each one pass over memory, are. Keeping an input that
-    nobody else keeps is worth it where it is smaller than what it replaces.
+    originals again. Random draws, contractions and reductions are never duplicated; a layer norm
+    and a gather, each one pass over memory, are. Keeping an input that nobody else keeps is worth it
+    where it is smaller than what it replaces.
 
     Attributes:
         max_chain: the most ops that are duplicated for one value.
@@ -221,8 +221,8 @@ def cheap_results(op: Op) -> tuple[Value, ...]:
 def _held_meanwhile(function: Function, window: int) -> set[Value]:
     """Weights in a lower precision whose backward readers come soon after the forward ones.
 
-    So it is with the weights of a loss in chunks: rounding them for each chunk would cost more time,
-    and memory for a second copy.
+    So it is with the weights of a loss in chunks: rounding them for each chunk would cost more
+    time, and memory for a second copy.
     """
     own = {p.value for p in function.params if p.role is Role.PARAMETER}
     casts = {o.result for o in function.ops if o.name in CASTS and o.inputs[0] in own}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
 from collections import Counter
@@ -233,7 +232,7 @@ class CExecutable:
         )
 
     def _do_otherwise(self, index: int) -> None:
-        """Runs what stands in for a kernel that declined: it succeeds, or raises PyTorch's error."""
+        """Runs what stands in for a kernel that declined: it succeeds or raises PyTorch's error."""
         instruction = self._all[index]
         assert isinstance(instruction, CallKernel) and instruction.otherwise is not None
         self._bound(instruction.otherwise)()

@@ -2,9 +2,9 @@
 
 The threads of GNU OpenMP, with which PyTorch is built for Linux, spin for some milliseconds after
 each piece of work, on cores that our own pool needs meanwhile. So a small call of PyTorch runs on
-one thread, and after a large one its threads are let go: new ones are started in 0.1 ms. They need a
-core that is idle: where a worker of the pool still spins on it, the system may put them beside the
-caller's thread, where they wait for its time to end. So workers sleep before a large call.
+one thread, and after a large one its threads are let go: new ones are started in 0.1 ms. They need
+an idle core: where a worker of the pool still spins on it, the system may put them on the caller's,
+where they wait until its turn ends. So workers sleep before a large call.
 With another OpenMP, nothing is done.
 """
 

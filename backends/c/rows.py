@@ -24,8 +24,7 @@ FORK = "#pragma omp parallel for schedule(static)\n"
 def claim(node: Node) -> Claim | str | None:
     """The kernel for an op on rows, or why PyTorch does it."""
     if node.op.name == "aten.embedding.default":
-        table, positions = node.refs
-        return _gather(node, table, positions, from_end=False)
+        return _gather(node, *node.refs, from_end=False)
     if node.op.name == "aten.embedding_dense_backward.default":
         return _embedding_backward(node)
     if node.op.name not in ("aten.index.Tensor", "aten.index_put.default"):
@@ -98,14 +97,15 @@ def _gather(node: Node, table: Ref, positions: Ref, from_end: bool) -> Claim | s
 {_check(rows, count, from_end)}
 {fork}    for (int64_t t = 0; t < {count}; t++) {{
         const int64_t r = {_row(rows, from_end)};
-        for (int64_t j = 0; j < {rows.width}; j++) out[t * {rows.width} + j] = table[{rows.at("r")}];
+        {kind} *restrict row = out + t * {rows.width};
+        for (int64_t j = 0; j < {rows.width}; j++) row[j] = table[{rows.at("r")}];
     }}"""
     comment = comment_of("rows by their positions", node)
     return Claim("gather_rows", comment, body, (table, positions, out), (2,), declines=True)
 
 
 def _index_put(node: Node, table: Ref, positions: Ref, values: Ref) -> Claim | str:
-    """A copy of the table in whose rows others are put, or added, in the order of their positions."""
+    """A copy of the table; rows are put in it or added, in the order of their positions."""
     dims = len(positions.shape)
     reason, rows = _reasons(table, positions), _rows_of(table)
     added = _rows_of(values, dims) if values.dtype is table.dtype else None
@@ -141,7 +141,8 @@ def _embedding_backward(node: Node) -> Claim | str:
     padding = node.op.attr("padding_idx")
     rows = _Rows(out.shape[0], added.width, added.width)
     body = _put(None, positions, grad, start="0", add=True, check="", rows=rows, added=added,
-                row="positions[t]", passed=f"r < 0 || r >= {rows.count} || r == {padding}")  # fmt: skip
+                row="positions[t]",
+                passed=f"r < 0 || r >= {rows.count} || r == {padding}")  # fmt: skip
     comment = comment_of("rows added up by their positions", node)
     return Claim("embedding_backward", comment, body, (grad, positions, out), (2,))
 

@@ -317,6 +317,50 @@ func @f {
     assert rest == [("aten.sum.dim_IntList", "aten.add.Tensor")]
 
 
+def test_each_of_many_products_is_added_to_their_sum_at_once() -> None:
+    """In one kernel with the last of them, the others would wait in memory."""
+    function = parse("""
+func @f {
+  batch %x: bf16[2048,512] "#batch.0"
+  batch %m: bf16[512,1024] "#batch.1"
+  batch %w: f32[1024,8] "#batch.2"
+  %a: bf16[2048,1024] = aten.mm.default(%x, %m)
+  %b: bf16[2048,1024] = aten.mm.default(%x, %m)
+  %af: f32[2048,1024] = aten._to_copy.default(%a) {dtype=f32}
+  %bf: f32[2048,1024] = aten._to_copy.default(%b) {dtype=f32}
+  %s: f32[2048,1024] = aten.add.Tensor(%af, %bf)
+  %c: bf16[2048,1024] = aten.mm.default(%x, %m)
+  %cf: f32[2048,1024] = aten._to_copy.default(%c) {dtype=f32}
+  %t: f32[2048,1024] = aten.add.Tensor(%s, %cf)
+  %d: bf16[2048,1024] = aten.mm.default(%x, %m)
+  %df: f32[2048,1024] = aten._to_copy.default(%d) {dtype=f32}
+  %u: f32[2048,1024] = aten.add.Tensor(%t, %df)
+  %o: f32[2048,8] = aten.mm.default(%u, %w)
+  return o=%o
+}
+""")
+    given = [torch.randn(2048, 512).bfloat16(), torch.randn(512, 1024).bfloat16() / 16]
+    given.append(torch.randn(1024, 8))
+    executable = compare(function, given, rtol=2e-2, atol=2)
+    ops = [ops for k in executable.kernels for ops in [k.ops] * k.calls]
+    added = ("aten.mm.default", "aten.add.Tensor")
+    assert ops == [("aten.mm.default",), added, added, added, ("aten.mm.default",)]
+    half = 2048 * 1024 * 2
+    assert executable.program.plan.peak_bytes < 4 * half, "the sum, one product and scratch"
+
+
+def test_a_cast_to_a_half_is_rounded_once() -> None:
+    f = parse("""
+func @f {
+  batch %x: f32[64] "#batch.0"
+  %e: f32[64] = aten.exp.default(%x)
+  %h: bf16[64] = aten._to_copy.default(%e) {dtype=bf16}
+  return h=%h
+}
+""")
+    assert compare(f, [torch.randn(64)]).source.count("ss_round_bf16(") == 1
+
+
 def test_recomputation_does_not_come_back_to_the_forward_pass() -> None:
     function = parse("""
 func @f {

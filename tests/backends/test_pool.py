@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +75,19 @@ def test_workers_that_sleep_wake(library: ctypes.CDLL) -> None:
     for _ in range(20):
         assert counted(library.count_parts, 64, 64) == [1] * 64
         time.sleep(0.002)
+
+
+def test_workers_rest_when_told_to(library: ctypes.CDLL) -> None:
+    """And take part in the next piece of work, however soon it comes."""
+    for i in range(200):
+        assert counted(library.count_parts, 64, 64) == [1] * 64
+        Pool.rest()
+        time.sleep(0.001 * (i % 3))
+    if sys.platform == "linux":
+        tasks = Path("/proc/self/task")
+        time.sleep(0.05)
+        awake = [t for t in tasks.iterdir() if " R " in (t / "stat").read_text().rsplit(")", 1)[1]]
+        assert len(awake) == 1, "the test itself"
 
 
 def test_fewer_threads_than_before(library: ctypes.CDLL) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shoestring.backends.c import CBackend
 from shoestring.backends.instructions import CallKernel
+
 from .helpers import compare, traced
 
 aten = torch.ops.aten
