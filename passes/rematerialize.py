@@ -29,8 +29,8 @@ class Rematerialize(Pass):
     Of an activation function written in eight pointwise ops only the input stays alive between
     forward and backward. The duplicates are of phase `recompute`: they do not merge with their
     originals again. Random draws, contractions and reductions are never duplicated; a layer norm
-    and a gather, each one pass over memory, are. Keeping an input that nobody else keeps is worth it
-    where it is smaller than what it replaces.
+    and a gather, each one pass over memory, are. Keeping an input that nobody else keeps is worth
+    it where it is smaller than what it replaces.
 
     Attributes:
         max_chain: the most ops that are duplicated for one value.

@@ -24,7 +24,8 @@ FORK = "#pragma omp parallel for schedule(static)\n"
 def claim(node: Node) -> Claim | str | None:
     """The kernel for an op on rows, or why PyTorch does it."""
     if node.op.name == "aten.embedding.default":
-        return _gather(node, *node.refs, from_end=False)
+        rows, at = node.refs
+        return _gather(node, rows, at, from_end=False)
     if node.op.name == "aten.embedding_dense_backward.default":
         return _embedding_backward(node)
     if node.op.name not in ("aten.index.Tensor", "aten.index_put.default"):

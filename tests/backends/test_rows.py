@@ -136,11 +136,12 @@ def test_a_position_outside_is_an_error(position: int) -> None:
     """PyTorch's own, at the first run and at the next; state that comes later is not touched."""
     x, good, v = table(5, 3), torch.tensor([0, 4, -5, 2]), table(4, 3)
     bad = torch.tensor([0, position, 1, 2])
-    for f in (
+    ops: tuple[Callable[..., Any], ...] = (
         lambda x, r, v: aten.index(x + 1, [r]) + v,
         lambda x, r, v: aten.index_put(x + 1, [r], v, True) * 2,
         lambda x, r, v: aten.embedding(x + 1, r) + v,
-    ):
+    )
+    for f in ops:
         executable = CBackend().compile(traced(f, (x, good, v)))
         for _ in range(2):
             with pytest.raises(IndexError, match="out of|range"):
