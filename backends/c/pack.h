@@ -295,9 +295,15 @@ SS_INLINE void across(const char *p, const int kind, const Sum *k, int64_t u, in
         memcpy(out, (const float *)p + at, 4 * lanes);
         return;
     }
-    float all[SS_LANES];
-    for (int l = 0; l < lanes; l++) all[l] = lane(p, kind, at + l, next + l, paired);
-    memcpy(out, all, 4 * lanes);
+    const uint16_t *low = (const uint16_t *)p + at, *high = (const uint16_t *)p + next;
+    uint32_t words[SS_LANES];
+    if (kind == ONE_HALF)
+        for (int l = 0; l < lanes; l++) words[l] = (uint32_t)low[l] << 16;
+    else if (paired)
+        for (int l = 0; l < lanes; l++) words[l] = low[l] | (uint32_t)high[l] << 16;
+    else
+        for (int l = 0; l < lanes; l++) words[l] = low[l];
+    memcpy(out, words, 4 * lanes);
 }
 
 #if TURNS
@@ -325,11 +331,11 @@ SS_INLINE void listed_along(Source s, const int kind, const Sum *k, const int64_
 
 SS_INLINE void pack_kind(Source s, const int kind, const Sum *k, const int64_t *js, int64_t count,
                          int64_t width, float *out) {
-    enum { FEW = 4 };
+    enum { FEW = 4, SOME = SS_LANES > 8 ? 8 : FEW };
     for (int64_t j = 0, lanes; j < count; j += lanes) {
         const int64_t run = neighbours(js + j, least(SS_LANES, count - j));
         float *o = out + j;
-        lanes = run == SS_LANES ? run : run >= FEW ? FEW : 1;
+        lanes = run == SS_LANES ? run : run >= SOME ? SOME : run >= FEW ? FEW : 1;
 #if TURNS
         if (run < FEW && k->runs) {
             lanes = least(8, count - j);
@@ -340,6 +346,9 @@ SS_INLINE void pack_kind(Source s, const int kind, const Sum *k, const int64_t *
         if (lanes == SS_LANES)
             for (int64_t u = 0; u < k->units; u++)
                 across(s.p, kind, k, u, js[j], SS_LANES, o + u * width);
+        else if (lanes == SOME)
+            for (int64_t u = 0; u < k->units; u++)
+                across(s.p, kind, k, u, js[j], SOME, o + u * width);
         else if (lanes == FEW)
             for (int64_t u = 0; u < k->units; u++)
                 across(s.p, kind, k, u, js[j], FEW, o + u * width);
