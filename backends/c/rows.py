@@ -18,6 +18,8 @@ from .nodes import Node, Ref
 
 PARTS = 16  # of the table's rows, dealt out in turns: frequent rows are often neighbours
 PARALLEL = 1 << 16  # elements below which one thread is faster
+WHOLE = (torch.float32, torch.float64)
+ROUNDED = "sums of rows in 16 bits are rounded as PyTorch rounds them"
 FORK = "#pragma omp parallel for schedule(static)\n"
 
 
@@ -28,6 +30,8 @@ def claim(node: Node) -> Claim | str | None:
         return _gather(node, rows, at, from_end=False)
     if node.op.name == "aten.embedding_dense_backward.default":
         return _embedding_backward(node)
+    if node.op.name in ("aten.index_select.default", "aten.index_add.default"):
+        return _along(node, *node.refs)
     if node.op.name not in ("aten.index.Tensor", "aten.index_put.default"):
         return None
     table, given = node.operands[:2]
@@ -37,7 +41,21 @@ def claim(node: Node) -> Claim | str | None:
         return "indexed by something else than the first dimension"
     if node.op.name == "aten.index.Tensor":
         return _gather(node, table, positions, from_end=True)
-    return _index_put(node, table, positions, node.refs[-1])
+    add = bool(node.op.attr("accumulate"))
+    return _put(node, table, positions, node.refs[-1], add=add, from_end=True)
+
+
+def _along(node: Node, table: Ref, positions: Ref, *values: Ref) -> Claim | str:
+    """`index_select` and `index_add`, which know no positions from the end."""
+    if node.op.attr("dim") not in (0, -len(table.shape)) or len(positions.shape) != 1:
+        return "indexed by something else than the first dimension"
+    if not values:
+        return _gather(node, table, positions, from_end=False)
+    if node.op.attr("alpha") != 1:
+        return "scaled before it is added"
+    if table.dtype not in WHOLE:
+        return ROUNDED
+    return _put(node, table, positions, values[0], add=True, from_end=False)
 
 
 @dataclass(frozen=True)
@@ -105,7 +123,9 @@ def _gather(node: Node, table: Ref, positions: Ref, from_end: bool) -> Claim | s
     return Claim("gather_rows", comment, body, (table, positions, out), (2,), declines=True)
 
 
-def _index_put(node: Node, table: Ref, positions: Ref, values: Ref) -> Claim | str:
+def _put(
+    node: Node, table: Ref, positions: Ref, values: Ref, *, add: bool, from_end: bool
+) -> Claim | str:
     """A copy of the table; rows are put in it or added, in the order of their positions."""
     dims = len(positions.shape)
     reason, rows = _reasons(table, positions), _rows_of(table)
@@ -114,14 +134,13 @@ def _index_put(node: Node, table: Ref, positions: Ref, values: Ref) -> Claim | s
         return reason or "rows in another order"
     if values.shape != (*positions.shape, *table.shape[1:]):
         return "one value for several elements"
-    add = bool(node.op.attr("accumulate"))
-    if add and table.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+    if add and table.dtype not in (*WHOLE, torch.bfloat16):
         return "sums of another type"
     out = Ref(node.outs[0], row_major(node.outs[0].shape))
     count = positions.layout.numel
-    body = _put(table, positions, values, start=f"table[{rows.at('r')}]", add=add,
-                check=_check(rows, count, from_end=True), rows=rows, added=added,
-                row=_row(rows, from_end=True))  # fmt: skip
+    body = _loops(table, positions, values, start=f"table[{rows.at('r')}]", add=add,
+                  check=_check(rows, count, from_end), rows=rows, added=added,
+                  row=_row(rows, from_end))  # fmt: skip
     what = "added up" if add else "put"
     comment = comment_of(f"rows {what} by their positions", node)
     pointers = (values, positions, table, out)
@@ -133,22 +152,22 @@ def _embedding_backward(node: Node) -> Claim | str:
     grad, positions = node.refs
     if node.op.attr("scale_grad_by_freq"):
         return "scaled by frequency: PyTorch counts the positions"
-    if grad.dtype not in (torch.float32, torch.float64):
-        return "sums of rows in 16 bits are rounded as PyTorch rounds them"
+    if grad.dtype not in WHOLE:
+        return ROUNDED
     added, reason = _rows_of(grad, len(positions.shape)), _reasons(grad, positions)
     if reason or added is None:
         return reason or "rows in another order"
     out = Ref(node.outs[0], row_major(node.outs[0].shape))
     padding = node.op.attr("padding_idx")
     rows = _Rows(out.shape[0], added.width, added.width)
-    body = _put(None, positions, grad, start="0", add=True, check="", rows=rows, added=added,
-                row="positions[t]",
-                passed=f"r < 0 || r >= {rows.count} || r == {padding}")  # fmt: skip
+    body = _loops(None, positions, grad, start="0", add=True, check="", rows=rows, added=added,
+                  row="positions[t]",
+                  passed=f"r < 0 || r >= {rows.count} || r == {padding}")  # fmt: skip
     comment = comment_of("rows added up by their positions", node)
     return Claim("embedding_backward", comment, body, (grad, positions, out), (2,))
 
 
-def _put(
+def _loops(
     table: Ref | None, positions: Ref, values: Ref, *, start: str, add: bool, check: str,
     rows: _Rows, added: _Rows, row: str, passed: str = "0",
 ) -> str:  # fmt: skip

@@ -131,6 +131,23 @@ def test_sums_of_views_and_what_is_left_to_pytorch() -> None:
     assert not sums(x, v[:2], rows=torch.arange(7) > 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_along_the_first_dimension(dtype: torch.dtype) -> None:
+    """`index_select` and `index_add`; along another one they are PyTorch's."""
+    torch.manual_seed(0)
+    rows, x, v = torch.randint(0, 7, (90,)), table(7, 10, dtype=dtype), table(90, 10, dtype=dtype)
+
+    def add(dim: int, alpha: int = 1) -> Callable[..., Any]:
+        return lambda x, r, v: aten.index_add(x, dim, r, v, alpha=alpha)
+
+    assert by_kernel(lambda x, r: aten.index_select(x, 0, r), (x, rows))
+    assert by_kernel(lambda x, r: aten.index_select(x, -2, r), (x, rows))
+    assert not by_kernel(lambda x, r: aten.index_select(x, 1, r), (x, rows))
+    assert by_kernel(add(0), (x, rows, v), 1e-5) is (dtype is torch.float32)
+    assert not by_kernel(add(0, 3), (x, rows, v), 1e-1)
+    assert not by_kernel(add(1), (table(90, 7, dtype=dtype), rows[:10], v), 1e-1)
+
+
 @pytest.mark.parametrize("position", [5, -6, 2**40])
 def test_a_position_outside_is_an_error(position: int) -> None:
     """PyTorch's own, at the first run and at the next; state that comes later is not touched."""
@@ -140,11 +157,13 @@ def test_a_position_outside_is_an_error(position: int) -> None:
         lambda x, r, v: aten.index(x + 1, [r]) + v,
         lambda x, r, v: aten.index_put(x + 1, [r], v, True) * 2,
         lambda x, r, v: aten.embedding(x + 1, r) + v,
+        lambda x, r, v: aten.index_select(x + 1, 0, r) + v,
+        lambda x, r, v: aten.index_add(x + 1, 0, r, v) * 2,
     )
     for f in ops:
         executable = CBackend().compile(traced(f, (x, good, v)))
         for _ in range(2):
-            with pytest.raises(IndexError, match="out of|range"):
+            with pytest.raises((IndexError, RuntimeError), match="out of|range"):
                 executable.run([x, bad, v])
         inside = good % 5
         (found,) = executable.run([x, inside, v])
