@@ -17,7 +17,7 @@ CHEAP = frozenset({Kind.POINTWISE, Kind.VIEW, Kind.CREATION})
 ONE_PASS = frozenset(
     {"aten.native_layer_norm.default", "aten.native_group_norm.default", "aten.index.Tensor"}
 )
-CASTS = frozenset({"aten._to_copy.default"})
+CAST = "aten._to_copy.default"
 KEPT_INSTEAD = 4  # members of a group that may be kept instead of what all depend on
 LATER = frozenset({Phase.BACKWARD, Phase.RECOMPUTE, Phase.UPDATE})
 
@@ -225,7 +225,7 @@ def _held_meanwhile(function: Function, window: int) -> set[Value]:
     time, and memory for a second copy.
     """
     own = {p.value for p in function.params if p.role is Role.PARAMETER}
-    casts = {o.result for o in function.ops if o.name in CASTS and o.inputs[0] in own}
+    casts = {o.result for o in function.ops if o.name == CAST and o.inputs[0] in own}
     last: dict[Value, int] = {}
     far: set[Value] = set()
     for i, op in enumerate(function.ops):

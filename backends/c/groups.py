@@ -144,7 +144,7 @@ class Grouping:
         the others.
         """
         refs = [] if reads_whole(node) else node.refs
-        return sorted(refs, key=lambda ref: self._product_of(ref), reverse=True)
+        return sorted(refs, key=self._product_of, reverse=True)
 
     def _product_of(self, ref: Ref) -> int:
         """The product in whose kernel an operand is made, or -1."""

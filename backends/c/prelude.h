@@ -88,6 +88,18 @@ SS_INLINE int64_t ss_shr(int64_t a, int64_t n, int bits) {
 
 /* -- f32 functions without branches or calls, so that loops of them vectorize ------------------- */
 
+/* x - j log(2), with log(2) in two parts; and (e^f - 1 - f) / f^2 for |f| <= log(2) / 2. */
+SS_INLINE float ss_beyond(float j, float x) {
+    return SS_FMAF(j, -1.42860677e-6f, SS_FMAF(j, -6.93145752e-1f, x));
+}
+SS_INLINE float ss_exp_series(float f) {
+    float r = 1.37805939e-3f;
+    r = SS_FMAF(r, f, 8.37312452e-3f);
+    r = SS_FMAF(r, f, 4.16695364e-2f);
+    r = SS_FMAF(r, f, 1.66664720e-1f);
+    r = SS_FMAF(r, f, 4.99999851e-1f);
+    return r;
+}
 /* exp: 2^i * e^f with |f| <= log(2) / 2; two factors 2^(i/2) reach denormals and infinity.
    x is held within [-104, 89] by its bits: integers compare in one instruction, NaN or not. */
 SS_INLINE float ss_expf(float x) {
@@ -97,13 +109,8 @@ SS_INLINE float ss_expf(float x) {
     float a = ss_float((uint32_t)((int32_t)u < high ? (int32_t)u : high));
     float z = SS_FMAF(1.442695f, a, 12582912.0f); /* its last bits are i */
     float j = z - 12582912.0f;
-    float f = SS_FMAF(j, -6.93145752e-1f, a);
-    f = SS_FMAF(j, -1.42860677e-6f, f);
-    float r = 1.37805939e-3f;
-    r = SS_FMAF(r, f, 8.37312452e-3f);
-    r = SS_FMAF(r, f, 4.16695364e-2f);
-    r = SS_FMAF(r, f, 1.66664720e-1f);
-    r = SS_FMAF(r, f, 4.99999851e-1f);
+    float f = ss_beyond(j, a);
+    float r = ss_exp_series(f);
     r = SS_FMAF(r, f, 1.0f);
     r = SS_FMAF(r, f, 1.0f);
     int32_t i = (int32_t)(ss_bits(z) - 0x4b400000u), h = i >> 1;
@@ -161,13 +168,8 @@ SS_INLINE float ss_tanhf(float x) {
     float a = 10.0f < t ? 10.0f : t;
     float z = SS_FMAF(2.885390f, a, 12582912.0f); /* its last bits are i */
     float j = z - 12582912.0f;
-    float f = SS_FMAF(j, -6.93145752e-1f, a + a);
-    f = SS_FMAF(j, -1.42860677e-6f, f);
-    float r = 1.37805939e-3f;
-    r = SS_FMAF(r, f, 8.37312452e-3f);
-    r = SS_FMAF(r, f, 4.16695364e-2f);
-    r = SS_FMAF(r, f, 1.66664720e-1f);
-    r = SS_FMAF(r, f, 4.99999851e-1f);
+    float f = ss_beyond(j, a + a);
+    float r = ss_exp_series(f);
     r = SS_FMAF(r * f, f, f);
     float scale = ss_float((ss_bits(z) << 23) + 0x3f800000u);
     float e = SS_FMAF(scale, r, scale - 1.0f);

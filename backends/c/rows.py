@@ -13,7 +13,7 @@ import torch
 
 from .claims import Claim, comment_of
 from .expressions import MEMORY, REGISTER, load, rounded, store
-from .layout import row_major
+from .layout import reshape, row_major
 from .nodes import Node, Ref
 
 PARTS = 16  # of the table's rows, dealt out in turns: frequent rows are often neighbours
@@ -77,15 +77,11 @@ def _rows_of(ref: Ref, dims: int = 1) -> _Rows | None:
 
     Elements of a row are neighbours, or all of them one.
     """
-    count, width = math.prod(ref.shape[:dims]), math.prod(ref.shape[dims:])
-    pairs = zip(ref.shape[:dims], ref.layout.strides, strict=False)
-    stride = next((s for n, s in reversed(list(pairs)) if n > 1), width)
-    outer = (stride * s for s in row_major(ref.shape[:dims]).strides)
-    inner = zip(ref.shape[dims:], ref.layout.strides[dims:], strict=True)
-    step = 0 if width > 1 and not any(s for n, s in inner if n > 1) else 1
-    wanted = (*outer, *(step * s for s in row_major(ref.shape[dims:]).strides))
-    given = zip(ref.shape, ref.layout.strides, wanted, strict=True)
-    return _Rows(count, width, stride, step) if all(s == t for n, s, t in given if n > 1) else None
+    shape = math.prod(ref.shape[:dims]), math.prod(ref.shape[dims:])
+    matrix = reshape(ref.layout, shape)
+    if matrix is None or matrix.strides[1] not in (0, 1):
+        return None
+    return _Rows(*shape, *matrix.strides)
 
 
 def _reasons(table: Ref, positions: Ref) -> str:
