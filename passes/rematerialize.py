@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -15,7 +15,9 @@ from .liveness import measure, size_of, storage_roots
 CHEAP = frozenset({Kind.POINTWISE, Kind.VIEW, Kind.CREATION})
 # Also cheap, though not elementwise: each is one pass over memory.
 ONE_PASS = frozenset(
-    {"aten.native_layer_norm.default", "aten.native_group_norm.default", "aten.index.Tensor"}
+    f"aten.{name}"
+    for name in """native_layer_norm.default native_group_norm.default index.Tensor
+    embedding.default""".split()
 )
 CAST = "aten._to_copy.default"
 KEPT_INSTEAD = 4  # members of a group that may be kept instead of what all depend on
@@ -28,13 +30,19 @@ class Rematerialize(Pass):
 
     Of an activation function written in eight pointwise ops only the input stays alive between
     forward and backward. The duplicates are of phase `recompute`: they do not merge with their
-    originals again. Random draws, contractions and reductions are never duplicated; a layer norm
-    and a gather, each one pass over memory, are. Keeping an input that nobody else keeps is worth
-    it where it is smaller than what it replaces.
+    originals again. Random draws and reductions are never duplicated; a layer norm and a gather,
+    each one pass over memory, are. Keeping an input that nobody else keeps is worth it where it is
+    smaller than what it replaces.
+
+    So are a few products of the forward pass, those that free the most memory for their work: up to
+    `products` of all the work of the step, where the step needs `worth` times as large a part less
+    memory for it, state included.
 
     Attributes:
-        max_chain: the most ops that are duplicated for one value.
+        max_chain: the most ops that are duplicated for one value, beside products.
         window: a duplicate serves readers up to so many ops further on; later ones get their own.
+        products: how much of the FLOPs of all products may be done again; 0 for none.
+        worth: the least that the part of memory saved is to the part of work added.
 
     Before:
 
@@ -75,6 +83,8 @@ class Rematerialize(Pass):
 
     max_chain: int = 16
     window: int = 64
+    products: float = 0.05
+    worth: float = 1.5
 
     numerics: ClassVar[Numerics] = Numerics.EXACT
 
@@ -82,28 +92,66 @@ class Rematerialize(Pass):
         plan = _Plan(function, self.max_chain, self.window)
         chosen = plan.choose()
         report = plan.report
-        if not chosen:
-            return function, report
         result = _duplicate(function, plan, chosen, self.window)
+        again, cheaper = self.with_products(plan, result)
+        if again:
+            result, report.changed = cheaper, len(again)
         before, after = measure(function).peak, measure(result).peak
         if after >= before:
-            report.skip("the peak of live values would not fall", Loc(), len(chosen))
+            if chosen:
+                report.skip("the peak of live values would not fall", Loc(), len(chosen))
             return function, report
-        report.changed = len(chosen)
+        report.changed += len(chosen)
         report.note(f"{len(result.ops) - len(function.ops)} ops are computed again")
+        for op in again:
+            report.note(f"also {op.name} of {op.loc.module or op.result.name}")
         report.note(f"peak of live values {before} B -> {after} B")
         return result, report
 
+    def with_products(self, plan: _Plan, plain: Function) -> tuple[list[Op], Function]:
+        """Products that are worth computing again, and the function that does.
+
+        Args:
+            plan: that without products, decided.
+            plain: what it gives.
+        """
+        function = plan.function
+        total = sum(map(_flops, function.ops))
+        again: list[Op] = []
+        work = 0
+        for op in _products_at_the_peak(plain):
+            kept = plan.needs(op.result)
+            if kept is None or plan.bytes_of(kept) >= size_of(op.result.type):
+                continue
+            if work + _flops(op) <= self.products * total:
+                again.append(op)
+                work += _flops(op)
+        if not again:
+            return [], plain
+        other = _Plan(function, self.max_chain, self.window, again)
+        result = _duplicate(function, other, other.choose(), self.window)
+        state = sum(size_of(p.value.type) for p in function.params)
+        old, new = (state + measure(f).peak for f in (plain, result))
+        if (old - new) / old < self.worth * work / total:
+            return [], plain
+        return again, result
+
 
 class _Plan:
-    """Decides which saved values are computed again, and from what."""
+    """Decides which saved values are computed again, and from what.
 
-    def __init__(self, function: Function, max_chain: int, window: int) -> None:
+    Products of `again` are taken for as cheap as pointwise ops.
+    """
+
+    def __init__(
+        self, function: Function, max_chain: int, window: int, again: Collection[Op] = ()
+    ) -> None:
         self.function = function
         self.max_chain = max_chain
+        self.again = again
         self.roots = storage_roots(function)
         self.report = PassReport()
-        self.saved = _saved(function, self.roots)
+        self.saved = self.find_saved()
         self.report.matched = len(self.saved)
         self.available = {p.value for p in function.params}
         self.available |= _held_meanwhile(function, window)
@@ -194,7 +242,7 @@ class _Plan:
             assert op is not None, "parameters are available"
             if op in found:
                 continue
-            if len(found) == self.max_chain:
+            if len(found) == self.max_chain + len(self.again):
                 return None
             found[op] = None
             stack += [i for i in op.inputs if self.is_open(i)]
@@ -203,7 +251,21 @@ class _Plan:
     def is_open(self, v: Value) -> bool:
         """Whether a value is not alive in the backward pass, but may be computed there."""
         op = self.function.producer(v)
-        return op is not None and v in cheap_results(op) and self.roots[v] not in self.available
+        return op is not None and v in self.cheap(op) and self.roots[v] not in self.available
+
+    def cheap(self, op: Op) -> tuple[Value, ...]:
+        return op.results if op in self.again else cheap_results(op)
+
+    def find_saved(self) -> list[Value]:
+        """Values of the forward pass that the backward pass reads and may compute, in order.
+
+        A view of what is not cheap is none of them: its storage is kept whatever is decided.
+        """
+        ops = self.function.ops
+        read = {v for op in ops if op.loc.phase is Phase.BACKWARD for v in op.inputs}
+        made = [r for op in ops for r in self.cheap(op)]
+        cheap = set(made)
+        return [r for r in made if r in read and self.roots[r] in cheap]
 
 
 def cheap_results(op: Op) -> tuple[Value, ...]:
@@ -239,15 +301,28 @@ def _held_meanwhile(function: Function, window: int) -> set[Value]:
     return casts - far
 
 
-def _saved(function: Function, roots: Mapping[Value, Value]) -> list[Value]:
-    """Cheap values of the forward pass that the backward pass reads, in order.
+def _flops(product: Op) -> int:
+    """Floating-point operations of a product; 0 for another op."""
+    return product.opdef.cost(product).flops if product.opdef.kind is Kind.CONTRACTION else 0
 
-    A view of what is not cheap is none of them: its storage is kept whatever is decided.
+
+def _products_at_the_peak(function: Function) -> list[Op]:
+    """Forward products whose only result is alive at the peak; the least work for a byte first.
+
+    Among equals the first, which the backward pass reads last.
     """
-    read = {v for op in function.ops if op.loc.phase is Phase.BACKWARD for v in op.inputs}
-    made = [r for op in function.ops for r in cheap_results(op)]
-    cheap = set(made)
-    return [r for r in made if r in read and roots[r] in cheap]
+    roots, at = storage_roots(function), measure(function).at
+    read = {roots[v] for op in function.ops[at + 1 :] for v in op.inputs}
+    found = [
+        op
+        for op in function.ops[:at]
+        if _flops(op)
+        and op.loc.phase is Phase.FORWARD
+        and op.opdef.pure
+        and len(op.results) == 1
+        and op.result in read
+    ]
+    return sorted(found, key=lambda op: _flops(op) / size_of(op.result.type))
 
 
 def _kept_anyway(function: Function, saved: Iterable[Value]) -> set[Value]:

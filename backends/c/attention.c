@@ -93,6 +93,8 @@ SS_INLINE int64_t ss_block_cost(const ss_attention *s, int64_t t0) {
 #define VSET(x) ss_vset(x)
 #define VFMA(a, b, c) ss_vfma(a, b, c)
 #define VSTEP(acc, a, b) ss_vfma(ss_vset(a), b, acc)
+#define VUNITS(p) (p)[0]
+#define ONES 1
 #define UVEC ss_vf
 #define VMAX(a, b) ss_vmax(a, b)
 #define VEXP2(x) ss_vexp2(x)
@@ -111,6 +113,8 @@ SS_INLINE int64_t ss_block_cost(const ss_attention *s, int64_t t0) {
 #define VSET(x) ss_vdset(x)
 #define VFMA(a, b, c) ss_vdfma(a, b, c)
 #define VSTEP(acc, a, b) ss_vdfma(ss_vdset(a), b, acc)
+#define VUNITS(p) (p)[0]
+#define ONES 1
 #define UVEC ss_vd
 #define VMAX(a, b) ss_vdmax(a, b)
 #define VEXP2(x) ss_vdexp2(x)
@@ -131,6 +135,8 @@ SS_INLINE int64_t ss_block_cost(const ss_attention *s, int64_t t0) {
 #define VSET(x) ss_vset(x)
 #define VFMA(a, b, c) ss_vfma(a, b, c)
 #define VSTEP(acc, a, b) ss_vdot_bf16(acc, ss_vuset(a), b)
+#define VUNITS(p) ss_vpack_bf16((p)[0], (p)[1])
+#define ONES 0x3f803f80u
 #define UVEC ss_vu
 #define VMAX(a, b) ss_vmax(a, b)
 #define VEXP2(x) ss_vexp2(x)

@@ -263,9 +263,11 @@ SS_INLINE void NAME(narrow)(REAL *row, int64_t width) {
 /* What a row knows of the scores so far. */
 typedef struct { REAL largest, total; } NAME(row);
 
-/* Scores row[0..n) to weights, zeros up to width; the factor for what was summed before. */
+/* Scores row[0..n) to weights in units, zeros up to width; the factor for what was summed before.
+ * The total is that of the weights as they are multiplied: it divides what they give, so that they
+ * sum to one after rounding too and keep what all values have in common. */
 SS_INLINE REAL NAME(weigh)(REAL *row, int64_t n, int64_t width, REAL c, NAME(row) *known) {
-    const int64_t full = ss_up(n, LANES);
+    const int64_t full = ss_up(n, KU * LANES);
     for (int64_t j = n; j < full; j++) row[j] = -INFINITY;
     VEC top = VSET((REAL)-INFINITY);
     for (int64_t j = 0; j < full; j += LANES) top = VMAX(NAME(load)(row + j), top);
@@ -273,12 +275,15 @@ SS_INLINE REAL NAME(weigh)(REAL *row, int64_t n, int64_t width, REAL c, NAME(row
     const REAL largest = here > known->largest ? here : known->largest;
     const REAL from = largest == -INFINITY ? 0 : largest;
     VEC total = {0};
-    for (int64_t j = 0; j < full; j += LANES) {
-        const VEC p = VEXP2(VFMA(NAME(load)(row + j), VSET(c), VSET(-from)));
-        total += p;
-        NAME(store)(row + j, p);
+    for (int64_t j = 0; j < full; j += KU * LANES) {
+        VEC p[KU];
+        _Pragma("GCC unroll 2") for (int l = 0; l < KU; l++)
+            p[l] = VEXP2(VFMA(NAME(load)(row + j + l * LANES), VSET(c), VSET(-from)));
+        const UVEC u = VUNITS(p);
+        total = VSTEP(total, ONES, u);
+        memcpy((UNIT *)row + j / KU, &u, sizeof u);
     }
-    for (int64_t j = full; j < width; j++) row[j] = 0;
+    memset((UNIT *)row + full / KU, 0, (width - full) / KU * sizeof(UNIT));
     const int first = known->largest == -INFINITY; /* nothing was summed before */
     const REAL factor = first ? 1 : VEXP2(VSET(known->largest - from))[0];
     known->largest = largest;
@@ -317,7 +322,6 @@ static void NAME(forward_block)(
                 NAME(add_mask)(s, b[3], batch * s->mask.b + head * s->mask.h +
                                (t0 + i) * s->mask.t + k0 * s->mask.d, seen, row);
             const REAL factor = NAME(weigh)(row, seen, wide, c, &w->rows[i]);
-            NAME(narrow)(row, wide);
             if (factor != 1)
                 for (int64_t d = 0; d < width; d++) w->out[i * width + d] *= factor;
         }
@@ -603,6 +607,8 @@ static void NAME(backward)(
 #undef VSET
 #undef VFMA
 #undef VSTEP
+#undef VUNITS
+#undef ONES
 #undef UVEC
 #undef VMAX
 #undef VEXP2
