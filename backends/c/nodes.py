@@ -164,6 +164,10 @@ class WorkList:
     constants: dict[object, Base] = field(default_factory=dict[object, Base])
     shared: set[Value] = field(default_factory=set[Value])
     packed: dict[Value, Ref] = field(default_factory=dict[Value, Ref])
+    users: dict[Value, list[Op]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.users = self.function.users()
 
     def forget(self) -> None:
         """Unties nodes from what they make, so that memory is free without a search for cycles."""
@@ -210,6 +214,7 @@ class WorkList:
             return
         if is_product(op) and op not in self.refused:
             self.product(op)
+            self.begin_sum(op)
             return
         work = classify(op)
         if work is Work.POINTWISE and self.uniform(op):
@@ -307,11 +312,36 @@ class WorkList:
         """A half as f32, without code; False for other ops."""
         if op.name != "aten._to_copy.default" or op.result.type.dtype is not torch.float32:
             return False
+        if op.result in self.refs:
+            return True  # by the product that it widens
         source = self.refs[op.inputs[0]]
         if source.dtype not in HALVES or source.layout.numel == 0:
             return False
         self.refs[op.result] = Ref(source.base, source.layout, torch.float32)
         return True
+
+    def begin_sum(self, product: Op) -> None:
+        """Widens a product in memory where another is added to it: the sum can be where it is."""
+        users = self.users.get(product.result, [])
+        if len(users) != 1 or users[0].name != "aten._to_copy.default":
+            return
+        wide = users[0].result
+        readers = self.users[wide]
+        if wide.type.dtype is not torch.float32 or len(readers) != 1:
+            return
+        added = readers[0].name == "aten.add.Tensor"
+        if added and any(self.is_product(v) for v in readers[0].inputs if v is not wide):
+            out = self.base(torch.float32, wide.type.static_shape, describe(wide, users[0]), value=wide)
+            self.refs[wide] = Ref(out, row_major(out.shape))
+            source = self.refs[product.result]
+            self.add(Work.POINTWISE, users[0].name, users[0], (source,), [out])
+
+    def is_product(self, v: Value) -> bool:
+        """Whether a value is that of a product, be it widened."""
+        op = self.function.producer(v)
+        if op is not None and op.name == "aten._to_copy.default":
+            op = self.function.producer(op.inputs[0])
+        return op is not None and is_product(op) and op not in self.refused
 
     def materialized(self, operand: NodeOperand, op: Op) -> NodeOperand:
         """An operand that a library reads: widened in memory, for this reader alone."""

@@ -82,9 +82,19 @@ class Placement:
         if node.work is not Work.POINTWISE:
             return self.depth[node] + _is_barrier(node)
         depth = self.depth[node]
+        if self._ends_product(node):
+            return depth
         late = max(depth, self._first_need(node))
         held = self._held(node, late)
         return depth if _bytes(held) > HELD * node.outs[0].nbytes else late
+
+    def _ends_product(self, node: Node) -> bool:
+        """Whether it converts a product that nobody else reads."""
+        (ref, *others), converts = node.refs or [None], node.name == "aten._to_copy.default"
+        if ref is None or others or not converts:
+            return False
+        maker = ref.base.node
+        return maker is not None and maker.work is Work.PRODUCT and self.only.get(ref.base) is node
 
     def _held(self, node: Node, late: int, steps: int = MOST_STEPS) -> set[Base]:
         """What is kept for a node that waits; what only it reads is made when it is."""

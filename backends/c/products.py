@@ -33,6 +33,7 @@ BIASED = frozenset({"aten.addmm.default", "aten.baddbmm.default"})
 GROUPED = "aten._grouped_mm.default"
 TYPES = {torch.float32: "SS_F32", torch.bfloat16: "SS_BF16"}  # by their names in gemm.h
 LEAST = 4  # rows and columns; below, a product is a sum over memory, which the library does better
+FEW = 1 << 15  # multiply-adds that take no longer than the call of a library
 
 
 def bias_of(op: Op) -> Value | None:
@@ -68,8 +69,13 @@ def is_product(op: Op) -> bool:
     types = [v.type for v in operand_values(op.operands)]
     out = op.result.type
     same = all(t.dtype is out.dtype for t in types if t.dtype is not torch.int32)
-    fits = role is not None or min(out.static_shape[-2:]) >= LEAST
+    fits = role is not None or min(out.static_shape[-2:]) >= LEAST or _is_small(op)
     return same and fits and out.dtype in TYPES and all(t.numel for t in (*types, out))
+
+
+def _is_small(op: Op) -> bool:
+    summed = matrices_of(op)[0].type.static_shape[-1]
+    return math.prod(op.result.type.static_shape) * summed <= FEW
 
 
 def _is_grouped(op: Op) -> bool:

@@ -92,8 +92,6 @@ def _reasons(table: Ref, positions: Ref) -> str:
         return "positions of another type"
     if table.layout.numel == 0 or positions.layout.numel == 0:
         return "no elements"
-    if positions.layout.strides != row_major(positions.shape).strides:
-        return "positions in another order"
     return ""
 
 
@@ -109,9 +107,9 @@ def _gather(node: Node, table: Ref, positions: Ref, from_end: bool) -> Claim | s
     const {kind} *restrict table = b[0];
     const {REGISTER[positions.dtype]} *restrict positions = b[1];
     {kind} *restrict out = b[2];
-{_check(rows, count, from_end)}
+{_check(rows, positions, from_end)}
 {fork}    for (int64_t t = 0; t < {count}; t++) {{
-        const int64_t r = {_row(rows, from_end)};
+        const int64_t r = {_row(rows, positions, from_end)};
         {kind} *restrict row = out + t * {rows.width};
         for (int64_t j = 0; j < {rows.width}; j++) row[j] = table[{rows.at("r")}];
     }}"""
@@ -135,8 +133,8 @@ def _put(
     out = Ref(node.outs[0], row_major(node.outs[0].shape))
     count = positions.layout.numel
     body = _loops(table, positions, values, start=f"table[{rows.at('r')}]", add=add,
-                  check=_check(rows, count, from_end), rows=rows, added=added,
-                  row=_row(rows, from_end))  # fmt: skip
+                  check=_check(rows, positions, from_end), rows=rows, added=added,
+                  row=_row(rows, positions, from_end))  # fmt: skip
     what = "added up" if add else "put"
     comment = comment_of(f"rows {what} by their positions", node)
     pointers = (values, positions, table, out)
@@ -157,7 +155,7 @@ def _embedding_backward(node: Node) -> Claim | str:
     padding = node.op.attr("padding_idx")
     rows = _Rows(out.shape[0], added.width, added.width)
     body = _loops(None, positions, grad, start="0", add=True, check="", rows=rows, added=added,
-                  row="positions[t]",
+                  row=_position(positions),
                   passed=f"r < 0 || r >= {rows.count} || r == {padding}")  # fmt: skip
     comment = comment_of("rows added up by their positions", node)
     return Claim("embedding_backward", comment, body, (grad, positions, out), (2,))
@@ -192,17 +190,32 @@ def _loops(
     }}"""
 
 
-def _check(rows: _Rows, count: int, from_end: bool) -> str:
+def _position(positions: Ref) -> str:
+    """Position number `t`, from wherever it is in memory."""
+    if positions.layout.strides == row_major(positions.shape).strides:
+        return "positions[t]"
+    inner, digits = positions.layout.numel, list[str]()
+    for size, stride in zip(positions.shape, positions.layout.strides, strict=True):
+        inner //= size
+        if size > 1 and stride:
+            digits.append(f"t / {inner} % {size} * {stride}")
+    return f"positions[{' + '.join(digits) or 0}]"
+
+
+def _check(rows: _Rows, positions: Ref, from_end: bool) -> str:
     """Declines where a position is outside of the table."""
     lowest = -rows.count if from_end else 0
     return f"""\
-    for (int64_t t = 0; t < {count}; t++)
-        if (positions[t] < {lowest} || positions[t] >= {rows.count}) {{
+    for (int64_t t = 0; t < {positions.layout.numel}; t++) {{
+        const int64_t r = {_position(positions)};
+        if (r < {lowest} || r >= {rows.count}) {{
             ss_declined = 1;
             return;
-        }}"""
+        }}
+    }}"""
 
 
-def _row(rows: _Rows, from_end: bool) -> str:
+def _row(rows: _Rows, positions: Ref, from_end: bool) -> str:
     """The row at position t, which may count from the end."""
-    return f"positions[t] + (positions[t] < 0 ? {rows.count} : 0)" if from_end else "positions[t]"
+    row = _position(positions)
+    return f"{row} + ({row} < 0 ? {rows.count} : 0)" if from_end else row
