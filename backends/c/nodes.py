@@ -329,9 +329,12 @@ class WorkList:
         readers = self.users[wide]
         if wide.type.dtype is not torch.float32 or len(readers) != 1:
             return
-        added = readers[0].name == "aten.add.Tensor"
-        if added and any(self.is_product(v) for v in readers[0].inputs if v is not wide):
-            out = self.base(torch.float32, wide.type.static_shape, describe(wide, users[0]), value=wide)
+        first, *others = readers[0].inputs
+        added = readers[0].name == "aten.add.Tensor" and first is wide
+        if added and any(map(self.is_product, others)):
+            out = self.base(
+                torch.float32, wide.type.static_shape, describe(wide, users[0]), value=wide
+            )
             self.refs[wide] = Ref(out, row_major(out.shape))
             source = self.refs[product.result]
             self.add(Work.POINTWISE, users[0].name, users[0], (source,), [out])

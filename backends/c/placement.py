@@ -90,9 +90,9 @@ class Placement:
 
     def _ends_product(self, node: Node) -> bool:
         """Whether it converts a product that nobody else reads."""
-        (ref, *others), converts = node.refs or [None], node.name == "aten._to_copy.default"
-        if ref is None or others or not converts:
+        if node.name != "aten._to_copy.default":
             return False
+        (ref,) = node.refs
         maker = ref.base.node
         return maker is not None and maker.work is Work.PRODUCT and self.only.get(ref.base) is node
 

@@ -131,7 +131,6 @@ def _put(
     if add and table.dtype not in (*WHOLE, torch.bfloat16):
         return "sums of another type"
     out = Ref(node.outs[0], row_major(node.outs[0].shape))
-    count = positions.layout.numel
     body = _loops(table, positions, values, start=f"table[{rows.at('r')}]", add=add,
                   check=_check(rows, positions, from_end), rows=rows, added=added,
                   row=_row(rows, positions, from_end))  # fmt: skip

@@ -19,6 +19,8 @@ from shoestring.ir import Builder, Function, Role, TensorType, Value
 from shoestring.ir.errors import BackendError
 from shoestring.runtime.executor import find_mismatches
 
+from .helpers import traced
+
 FORWARD = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 BACKWARD = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
 
@@ -173,6 +175,17 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("SHOESTRING_ISA", "sse9")
     with pytest.raises(BackendError, match="SS4204"):
         flags()
+
+
+def test_weights_sum_to_one_after_rounding() -> None:
+    """What all values have in common comes out as it went in."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 67, 24).bfloat16()
+    v = torch.full_like(k, 1.5)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    function = traced(lambda q, k, v: attention(q, k, v)[0], (q, k, v))
+    (out,) = CBackend().compile(function).run([q, k, v])
+    assert torch.equal(out, v)
 
 
 def test_scale() -> None:

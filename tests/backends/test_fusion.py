@@ -318,7 +318,10 @@ func @f {
 
 
 def test_each_of_many_products_is_added_to_their_sum_at_once() -> None:
-    """In one kernel with the last of them, the others would wait in memory."""
+    """In one kernel with the last of them, the others would wait in memory.
+
+    The first is widened as it is made: the sum can be where it is.
+    """
     function = parse("""
 func @f {
   batch %x: bf16[2048,512] "#batch.0"
@@ -344,9 +347,10 @@ func @f {
     executable = compare(function, given, rtol=2e-2, atol=2)
     ops = [ops for k in executable.kernels for ops in [k.ops] * k.calls]
     added = ("aten.mm.default", "aten.add.Tensor")
-    assert ops == [("aten.mm.default",), added, added, added, ("aten.mm.default",)]
+    first = ("aten.mm.default", "aten._to_copy.default")
+    assert ops == [first, added, added, added, ("aten.mm.default",)]
     half = 2048 * 1024 * 2
-    assert executable.program.plan.peak_bytes < 4 * half, "the sum, one product and scratch"
+    assert executable.program.plan.peak_bytes < 3 * half, "the sum and scratch"
 
 
 def test_a_cast_to_a_half_is_rounded_once() -> None:

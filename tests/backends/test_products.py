@@ -291,6 +291,25 @@ func @positions {
     )
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("sizes", list(itertools.product((1, 3), (1, 2, 20), (1, 2, 384))), ids=str)
+def test_small_products_need_no_library(sizes: tuple[int, int, int], dtype: str) -> None:
+    rows, cols, summed = sizes
+    executable = check(
+        parse(f"""
+func @small {{
+  batch %x: {dtype}[{rows},{summed}] "x"
+  batch %y: {dtype}[{summed},{cols}] "y"
+  batch %b: {dtype}[{cols}] "b"
+  %p: {dtype}[{rows},{cols}] = aten.addmm.default(%b, %x, %y)
+  %q: {dtype}[{cols},{rows}] = aten.permute.default(%p) {{dims=[1,0]}}
+  return q=%q
+}}
+""")
+    )
+    assert all(isinstance(i, CallKernel) for i in executable.instructions)
+
+
 def test_dropout_in_the_epilogue() -> None:
     function = parse("""
 func @dropout {

@@ -43,6 +43,16 @@ def test_gradient(
     assert run(torch.randn(*shape, width, dtype=dtype), rows, 13, padding=int(rows.flatten()[0]))
 
 
+def test_positions_in_any_order() -> None:
+    """Such as those of a buffer that every row of a batch shares."""
+    torch.manual_seed(0)
+    one, table = torch.randint(0, 9, (1, 6)), torch.randn(9, 5)
+    for rows in (one.expand(4, 6), torch.randint(0, 9, (6, 4)).t(), torch.randint(0, 9, (8,))[::2]):
+        assert by_kernel(lambda r, t: aten.embedding(t, r), (rows, table))
+        assert by_kernel(lambda r, t: t[r], (rows - 4, table))
+        assert run(torch.randn(*rows.shape, 5), rows, 9)
+
+
 def test_what_is_left_to_pytorch() -> None:
     rows = torch.tensor([1, 1, 2])
     assert not run(torch.randn(3, 5), rows, 4, scale=True)

@@ -187,3 +187,53 @@ def test_weights_are_rounded_again() -> None:
 
 def test_weights_that_are_read_again_soon_are_rounded_once() -> None:
     assert again(rounded(between=3)) == []
+
+
+def layers(count: int) -> Function:
+    """x -> (product with 64 columns, exp, product back) `count` times, and back through them."""
+    forward, backward = list[str](), list[str]()
+    for i in range(count):
+        forward += [
+            f"  %h{i}: f32[256,64] = aten.mm.default(%x{i}, %w)",
+            f"  %e{i}: f32[256,64] = aten.exp.default(%h{i})",
+            f"  %x{i + 1}: f32[256,8] = aten.mm.default(%e{i}, %v)",
+        ]
+    for i in reversed(range(count)):
+        backward += [
+            f"  %a{i}: f32[256,64] = aten.mm.default(%g{i + 1}, %w) {B}",
+            f"  %b{i}: f32[256,64] = aten.mul.Tensor(%a{i}, %h{i}) {B}",
+            f"  %d{i}: f32[256,8] = aten.mm.default(%b{i}, %v) {B}",
+            f"  %g{i}: f32[256,8] = aten.add.Tensor(%d{i}, %x{i}) {B}",
+        ]
+    first = f"  %g{count}: f32[256,8] = aten.neg.default(%x{count}) {B}"
+    return parse("\n".join([
+        "func @f {", '  parameter %w: f32[8,64] "w"', '  parameter %v: f32[64,8] "v"',
+        '  batch %x0: f32[256,8] "x"', *forward, first, *backward, "  return g=%g0", "}",
+    ]))  # fmt: skip
+
+
+def products_again(f: Function, **options: float) -> list[str]:
+    """The products that are computed again, by what they read."""
+    g, _ = Rematerialize(**options).run(f)  # type: ignore[arg-type]
+    return [
+        str(op.inputs[0].name)
+        for op in g.ops
+        if op.loc.phase is Phase.RECOMPUTE and op.name == "aten.mm.default"
+    ]
+
+
+def test_a_few_products_are_computed_again() -> None:
+    """The first ones, which would be kept for longest, as many as the limit allows."""
+    f = layers(20)
+    g, report = Rematerialize().run(f)
+    assert products_again(f) == ["x3", "x2", "x1", "x0"], "4 of 80 products"
+    assert products_again(f, products=0.03) == ["x1", "x0"]
+    saved = 256 * 64 * 4
+    assert measure(f).peak - measure(g).peak == 4 * saved
+    assert report.changed == 4 and "also aten.mm.default" in str(report)
+
+
+def test_products_that_are_not_worth_their_work() -> None:
+    f = layers(20)
+    assert products_again(f, products=0) == []
+    assert products_again(f, worth=20) == []
