@@ -1,9 +1,9 @@
-"""How exact gradients are: ours and eager PyTorch's in fp32, beside eager PyTorch's in fp64.
+"""How exact gradients are: ours and eager PyTorch's, beside eager PyTorch's in fp64.
 
     python benchmarks/gradients.py --out docs/numbers
 
 The error of a parameter's gradient is the norm of its difference from the fp64 gradient, relative
-to the norm of that. A model with ReLUs or maxima may fall to one side for one and to the other for
+to the norm of that. In bf16 eager computes under autocast. A model with ReLUs or maxima may fall to one side for one and to the other for
 another wherever two numbers are equal up to rounding: then errors are thousands of times larger
 than usual, in eager PyTorch as in ours.
 """
@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
@@ -32,6 +33,7 @@ NOTHING = 1e-9  # of the norm of all gradients: less is rounding where the gradi
 MOST = 2.0
 
 Gradients = dict[str, torch.Tensor]
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class Options:
 
     Attributes:
         workloads: which; all by default.
+        precisions: both by default; bf16 without matrix units for it is slow in eager PyTorch.
         seed: of weights and data.
         out: folder for `gradients.md`; it is not written without it.
         tiny: the test's sizes.
     """
 
     workloads: tuple[str, ...] = tuple(WORKLOADS)
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
     seed: int = 0
     out: Path | None = None
     tiny: bool = False
@@ -69,6 +73,7 @@ class Outcome:
     """What one workload gave."""
 
     workload: str
+    precision: Precision
     eager: Errors
     ours: Errors
 
@@ -83,23 +88,27 @@ class Outcome:
         return self.ratio <= MOST
 
 
-def eager(workload: Workload, dtype: torch.dtype) -> tuple[float, Gradients]:
-    """Loss and gradients of a copy of the model in a type."""
-    model = copy.deepcopy(workload.model).to(dtype)
-    if dtype is torch.float64 and isinstance(model, PreTrainedModel):
-        model.set_experts_implementation("eager")  # grouped products are not made for it
-    batch = [t.to(dtype) if t.is_floating_point() else t for t in workload.batch]
-    loss = workload.loss_fn(model, *batch)
+def eager(workload: Workload, precision: Precision | None) -> tuple[float, Gradients]:
+    """Loss and gradients of a copy of the model, in fp64 where no precision is given."""
+    model, batch = copy.deepcopy(workload.model), workload.batch
+    if precision is None:
+        model = model.double()
+        batch = tuple(t.double() if t.is_floating_point() else t for t in batch)
+        if isinstance(model, PreTrainedModel):
+            model.set_experts_implementation("eager")  # grouped products are not made for it
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        loss = workload.loss_fn(model, *batch)
     loss.backward()
     named = model.named_parameters()
     return float(loss.detach()), {n: p.grad for n, p in named if p.grad is not None}
 
 
-def compiled(workload: Workload) -> tuple[float, Gradients]:
+def compiled(workload: Workload, precision: Precision) -> tuple[float, Gradients]:
     """Loss and gradients of a compiled step: the first momentum of SGD is the gradient."""
-    model = workload.model
+    model = copy.deepcopy(workload.model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    step = shoestring.compile(model, workload.loss_fn, optimizer, workload.batch)
+    compile_step: Any = shoestring.compile
+    step = compile_step(model, workload.loss_fn, optimizer, workload.batch, precision=precision)
     loss = float(step(*workload.batch))
     named = [(n, optimizer.state.get(p, {})) for n, p in model.named_parameters()]
     return loss, {n: state["momentum_buffer"] for n, state in named if state}
@@ -117,16 +126,19 @@ def errors(found: tuple[float, Gradients], exact: tuple[float, Gradients]) -> Er
     return Errors(abs(found[0] - exact[0]) / abs(exact[0]), relative)
 
 
-def measure(name: str, options: Options) -> Outcome:
-    """One step of one workload, three times."""
+def measure(name: str, options: Options) -> list[Outcome]:
+    """One step of one workload: in fp64, and in each precision by both."""
     workload = build(name, tiny=options.tiny, seed=options.seed)
-    exact = eager(workload, torch.float64)
-    theirs = errors(eager(workload, torch.float32), exact)
-    return Outcome(name, theirs, errors(compiled(workload), exact))
+    exact = eager(workload, None)
+    return [
+        Outcome(name, p, errors(eager(workload, p), exact), errors(compiled(workload, p), exact))
+        for p in options.precisions
+    ]
 
 
 HEADER = [
     "workload",
+    "precision",
     "gradients",
     "loss, eager",
     "ours",
@@ -144,7 +156,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
         pairs = [(e.loss, e.median, max(e.gradients)) for e in (o.eager, o.ours)]
         loss, median, largest = ([f"{x:.1e}" for x in pair] for pair in zip(*pairs, strict=True))
         count = str(len(o.ours.gradients))
-        rows.append([o.workload, count, *loss, *median, f"{o.ratio:.2f}x", *largest])
+        rows.append([o.workload, o.precision, count, *loss, *median, f"{o.ratio:.2f}x", *largest])
     return markdown(HEADER, rows)
 
 
@@ -153,7 +165,7 @@ PAGE = """\
 
 `python benchmarks/gradients.py --out docs/numbers`
 
-fp32, relative errors beside eager PyTorch in fp64. Where a ReLU or a maximum meets numbers that are
+Relative errors beside eager PyTorch in fp64; in bf16 eager computes under autocast. Where a ReLU or a maximum meets numbers that are
 equal up to rounding, contenders fall to different sides, and a gradient differs thousands of times
 as much as usual: that is the largest error of a model with ReLUs.
 """
@@ -164,8 +176,9 @@ def main() -> int:
     require_known(options.workloads)
     outcomes: list[Outcome] = []
     for name in options.workloads:
-        outcomes.append(measure(name, options))
-        print(table(outcomes[-1:]), flush=True)
+        found = measure(name, options)
+        print(table(found), flush=True)
+        outcomes += found
     print(f"\n{table(outcomes)}")
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)

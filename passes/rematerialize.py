@@ -118,23 +118,23 @@ class Rematerialize(Pass):
         function = plan.function
         total = sum(map(_flops, function.ops))
         again: list[Op] = []
-        work = 0
+        left = self.products * total
         for op in _products_at_the_peak(plain):
             kept = plan.needs(op.result)
             if kept is None or plan.bytes_of(kept) >= size_of(op.result.type):
                 continue
-            if work + _flops(op) <= self.products * total:
+            if _flops(op) <= left:
                 again.append(op)
-                work += _flops(op)
+                left -= _flops(op)
         if not again:
             return [], plain
         other = _Plan(function, self.max_chain, self.window, again)
         result = _duplicate(function, other, other.choose(), self.window)
+        work = sum(map(_flops, result.ops)) - total
         state = sum(size_of(p.value.type) for p in function.params)
         old, new = (state + measure(f).peak for f in (plain, result))
-        if (old - new) / old < self.worth * work / total:
-            return [], plain
-        return again, result
+        worth = (old - new) / old >= self.worth * work / total
+        return (again, result) if worth and work <= self.products * total else ([], plain)
 
 
 class _Plan:
@@ -302,8 +302,11 @@ def _held_meanwhile(function: Function, window: int) -> set[Value]:
 
 
 def _flops(product: Op) -> int:
-    """Floating-point operations of a product; 0 for another op."""
-    return product.opdef.cost(product).flops if product.opdef.kind is Kind.CONTRACTION else 0
+    """Floating-point operations of a product; 0 for another op, and where sizes are not known."""
+    if product.opdef.kind is not Kind.CONTRACTION:
+        return 0
+    known = all(v.type.is_static for v in (*product.inputs, *product.results))
+    return product.opdef.cost(product).flops if known else 0
 
 
 def _products_at_the_peak(function: Function) -> list[Op]:

@@ -1,6 +1,6 @@
 """Which forward values are computed again."""
 
-from shoestring.ir import Function, Phase, parse
+from shoestring.ir import Function, Phase, parse, print_function
 from shoestring.passes.common_subexpressions import CommonSubexpressions
 from shoestring.passes.liveness import measure
 from shoestring.passes.rematerialize import Rematerialize
@@ -237,3 +237,9 @@ def test_products_that_are_not_worth_their_work() -> None:
     f = layers(20)
     assert products_again(f, products=0) == []
     assert products_again(f, worth=20) == []
+
+
+def test_products_of_unknown_size_are_not_computed_again() -> None:
+    text = print_function(layers(20)).replace("256", "n")
+    g, _ = Rematerialize().run(parse(text))
+    assert all(op.loc.phase is not Phase.RECOMPUTE for op in g.ops)
