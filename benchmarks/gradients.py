@@ -3,9 +3,9 @@
     python benchmarks/gradients.py --out docs/numbers
 
 The error of a parameter's gradient is the norm of its difference from the fp64 gradient, relative
-to the norm of that. In bf16 eager computes under autocast. A model with ReLUs or maxima may fall to one side for one and to the other for
-another wherever two numbers are equal up to rounding: then errors are thousands of times larger
-than usual, in eager PyTorch as in ours.
+to the norm of that. In bf16 eager computes under autocast. A model with ReLUs or maxima may fall to
+one side for one and to the other for another wherever two numbers are equal up to rounding: then
+errors are thousands of times larger than usual, in eager PyTorch as in ours.
 """
 
 from __future__ import annotations
@@ -165,9 +165,9 @@ PAGE = """\
 
 `python benchmarks/gradients.py --out docs/numbers`
 
-Relative errors beside eager PyTorch in fp64; in bf16 eager computes under autocast. Where a ReLU or a maximum meets numbers that are
-equal up to rounding, contenders fall to different sides, and a gradient differs thousands of times
-as much as usual: that is the largest error of a model with ReLUs.
+Relative errors beside eager PyTorch in fp64; in bf16 eager computes under autocast. Where a ReLU or
+a maximum meets numbers that are equal up to rounding, contenders fall to different sides, and a
+gradient differs thousands of times as much as usual: that is the largest error of a model with ReLUs.
 """
 
 
