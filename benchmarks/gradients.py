@@ -167,7 +167,7 @@ PAGE = """\
 
 Relative errors beside eager PyTorch in fp64; in bf16 eager computes under autocast. Where a ReLU or
 a maximum meets numbers that are equal up to rounding, contenders fall to different sides, and a
-gradient differs thousands of times as much as usual: that is the largest error of a model with ReLUs.
+gradient differs thousands of times as much as usual: the largest error of a model with ReLUs.
 """
 
 
