@@ -16,7 +16,7 @@ from shoestring.ir import DTYPE_NAMES, Function, Op, Value
 from .claims import Claim
 from .convolutions import role_of
 from .layout import row_major
-from .products import GROUPED, TYPES, is_product, matrices_of
+from .products import COLS, GROUPED, TYPES, is_product, matrices_of
 
 if TYPE_CHECKING:
     from .nodes import Node, Ref
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NAME = "pack"
 USES = 4  # fewer products do not share
 MOST_ROWS = 128  # of the left side; more make up for packing
-COLS, UNITS = 48, 16  # at least what gemm.c rounds columns and K up to
+UNITS = 16  # at least what gemm.c rounds K up to
 
 
 def shared_sides(function: Function) -> set[Value]:

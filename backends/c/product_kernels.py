@@ -15,8 +15,8 @@ from .expressions import rounded
 from .groups import Placed
 from .kernels import Kernel, KernelWriter, Loop
 from .nodes import Node, Ref
-from .packing import COLS, is_packed
-from .products import AXES, COLUMNS, PHASES, TYPES, axes_of, grouping_of, sides_of
+from .packing import is_packed
+from .products import AXES, COLS, COLUMNS, PHASES, TYPES, axes_of, grouping_of, sides_of
 from .sides import Digits, Frame, Numbers, Side, Sides, stride_of, written_out
 
 GIVEN = "b, batch, r0, c0, rows, cols, tile, stride"  # to an `ss_finish`

@@ -33,7 +33,8 @@ BIASED = frozenset({"aten.addmm.default", "aten.baddbmm.default"})
 GROUPED = "aten._grouped_mm.default"
 TYPES = {torch.float32: "SS_F32", torch.bfloat16: "SS_BF16"}  # by their names in gemm.h
 LEAST = 4  # rows and columns; below, a product is a sum over memory, which the library does better
-FEW = 1 << 15  # multiply-adds that take no longer than the call of a library
+COLS = 48  # at least what gemm.c rounds columns up to
+FEW = 3 << 18  # multiply-adds, of columns rounded up, that take no longer than a library's call
 
 
 def bias_of(op: Op) -> Value | None:
@@ -74,8 +75,9 @@ def is_product(op: Op) -> bool:
 
 
 def _is_small(op: Op) -> bool:
+    *batch, rows, cols = op.result.type.static_shape
     summed = matrices_of(op)[0].type.static_shape[-1]
-    return math.prod(op.result.type.static_shape) * summed <= FEW
+    return math.prod(batch) * rows * max(cols, COLS) * summed <= FEW
 
 
 def _is_grouped(op: Op) -> bool:

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from shoestring.backends.c import CBackend, CExecutable
 from shoestring.backends.c.build import HERE, find_compiler, flags
-from shoestring.backends.c.packing import COLS, MOST_ROWS, packed_floats
+from shoestring.backends.c.packing import MOST_ROWS, packed_floats
 from shoestring.backends.c.product_kernels import scratch_of
+from shoestring.backends.c.products import COLS
 from shoestring.backends.instructions import CallKernel
 from shoestring.ir import Builder, Function, Role, TensorType, Value, parse, parse_type
 

@@ -143,3 +143,17 @@ def test_structures_are_those_of_c(tmp_path: Path) -> None:
     library = ctypes.CDLL(str(tmp_path / "sizes.so"))
     sizes = (ctypes.c_int64 * len(found)).in_dll(library, "sizes")
     assert list(sizes) == [ctypes.sizeof(s) for s in found.values()]
+
+
+def test_disturbed_rounds_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until enough were not, or it is clear that it does not get better."""
+    calls: list[int] = []
+    way = tuning.Way(lambda: calls.append(1), torch.empty(0))
+    counts = iter([0, 5, 5, 5, 5, 7, 7, 7])  # before and after each round
+    monkeypatch.setattr(tuning, "interruptions", lambda: next(counts))
+    tuning.measure(way, way, 2)
+    assert len(calls) == 4 * 4, "the first and the third round were disturbed"
+    calls.clear()
+    monkeypatch.setattr(tuning, "interruptions", lambda: len(calls))
+    tuning.measure(way, way, 2)
+    assert len(calls) == 4 * tuning.MOST_ROUNDS
