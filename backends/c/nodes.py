@@ -331,7 +331,7 @@ class WorkList:
             return
         first, *others = readers[0].inputs
         added = readers[0].name == "aten.add.Tensor" and first is wide
-        if added and any(map(self.is_product, others)):
+        if added and any(map(self.comes_from_product, others)):
             out = self.base(
                 torch.float32, wide.type.static_shape, describe(wide, users[0]), value=wide
             )
@@ -339,8 +339,8 @@ class WorkList:
             source = self.refs[product.result]
             self.add(Work.POINTWISE, users[0].name, users[0], (source,), [out])
 
-    def is_product(self, v: Value) -> bool:
-        """Whether a value is that of a product, be it widened."""
+    def comes_from_product(self, v: Value) -> bool:
+        """Whether a product makes a value, be it widened."""
         op = self.function.producer(v)
         if op is not None and op.name == "aten._to_copy.default":
             op = self.function.producer(op.inputs[0])
