@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
@@ -107,8 +107,9 @@ def compiled(workload: Workload, precision: Precision) -> tuple[float, Gradients
     """Loss and gradients of a compiled step: the first momentum of SGD is the gradient."""
     model = copy.deepcopy(workload.model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    compile_step: Any = shoestring.compile
-    step = compile_step(model, workload.loss_fn, optimizer, workload.batch, precision=precision)
+    step = shoestring.compile(
+        model, workload.loss_fn, optimizer, workload.batch, precision=precision
+    )
     loss = float(step(*workload.batch))
     named = [(n, optimizer.state.get(p, {})) for n, p in model.named_parameters()]
     return loss, {n: state["momentum_buffer"] for n, state in named if state}

@@ -10,7 +10,7 @@ from shoestring.ir import Function, Kind, Loc, Op, Phase, Role, Value
 
 from .base import Numerics, Pass, PassReport
 from .editing import Names
-from .liveness import measure, size_of, storage_roots
+from .liveness import Liveness, measure, size_of, storage_roots
 
 CHEAP = frozenset({Kind.POINTWISE, Kind.VIEW, Kind.CREATION})
 # Also cheap, though not elementwise: each is one pass over memory.
@@ -92,34 +92,35 @@ class Rematerialize(Pass):
         plan = _Plan(function, self.max_chain, self.window)
         chosen = plan.choose()
         report = plan.report
-        result = _duplicate(function, plan, chosen, self.window)
-        again, cheaper = self.with_products(plan, result)
-        if again:
-            result, report.changed = cheaper, len(again)
-        before, after = measure(function).peak, measure(result).peak
+        plain = _duplicate(function, plan, chosen, self.window) if chosen else function
+        again, result, after = self.with_products(plan, plain, measure(plain))
+        before = measure(function).peak
         if after >= before:
             if chosen:
                 report.skip("the peak of live values would not fall", Loc(), len(chosen))
             return function, report
-        report.changed += len(chosen)
+        report.changed = len(chosen) + len(again)
         report.note(f"{len(result.ops) - len(function.ops)} ops are computed again")
         for op in again:
             report.note(f"also {op.name} of {op.loc.module or op.result.name}")
         report.note(f"peak of live values {before} B -> {after} B")
         return result, report
 
-    def with_products(self, plan: _Plan, plain: Function) -> tuple[list[Op], Function]:
-        """Products that are worth computing again, and the function that does.
+    def with_products(
+        self, plan: _Plan, plain: Function, alive: Liveness
+    ) -> tuple[list[Op], Function, int]:
+        """Products that are worth computing again, the function that does, and its peak.
 
         Args:
             plan: that without products, decided.
             plain: what it gives.
+            alive: the bytes alive in that.
         """
         function = plan.function
         total = sum(map(_flops, function.ops))
         again: list[Op] = []
         left = self.products * total
-        for op in _products_at_the_peak(plain):
+        for op in _products_at(alive.at, plain):
             kept = plan.needs(op.result)
             if kept is None or plan.bytes_of(kept) >= size_of(op.result.type):
                 continue
@@ -127,14 +128,16 @@ class Rematerialize(Pass):
                 again.append(op)
                 left -= _flops(op)
         if not again:
-            return [], plain
+            return [], plain, alive.peak
         other = _Plan(function, self.max_chain, self.window, again)
         result = _duplicate(function, other, other.choose(), self.window)
         work = sum(map(_flops, result.ops)) - total
         state = sum(size_of(p.value.type) for p in function.params)
-        old, new = (state + measure(f).peak for f in (plain, result))
-        worth = (old - new) / old >= self.worth * work / total
-        return (again, result) if worth and work <= self.products * total else ([], plain)
+        peak = measure(result).peak
+        saved = (alive.peak - peak) / (state + alive.peak)
+        if work > self.products * total or saved < self.worth * work / total:
+            return [], plain, alive.peak
+        return again, result, peak
 
 
 class _Plan:
@@ -309,12 +312,12 @@ def _flops(product: Op) -> int:
     return product.opdef.cost(product).flops if known else 0
 
 
-def _products_at_the_peak(function: Function) -> list[Op]:
-    """Forward products whose only result is alive at the peak; the least work for a byte first.
+def _products_at(at: int, function: Function) -> list[Op]:
+    """Forward products whose only result is alive at an op; the least work for a byte first.
 
     Among equals the first, which the backward pass reads last.
     """
-    roots, at = storage_roots(function), measure(function).at
+    roots = storage_roots(function)
     read = {roots[v] for op in function.ops[at + 1 :] for v in op.inputs}
     found = [
         op

@@ -322,7 +322,7 @@ class WorkList:
 
     def begin_sum(self, product: Op) -> None:
         """Widens a product in memory where another is added to it: the sum can be where it is."""
-        users = self.users.get(product.result, [])
+        users = self.users[product.result]
         if len(users) != 1 or users[0].name != "aten._to_copy.default":
             return
         wide = users[0].result

@@ -170,8 +170,7 @@ def interruptions() -> int:
     """Grows whenever another process or another machine on this host takes a core from us."""
     stolen = 0
     with suppress(OSError, ValueError, IndexError):
-        with open("/proc/stat") as file:
-            stolen = int(file.readline().split()[8])
+        stolen = int(Path("/proc/stat").read_text().split()[8])
     return stolen + resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 

@@ -212,9 +212,9 @@ def layers(count: int) -> Function:
     ]))  # fmt: skip
 
 
-def products_again(f: Function, **options: float) -> list[str]:
+def products_again(f: Function, rematerialize: Rematerialize) -> list[str]:
     """The products that are computed again, by what they read."""
-    g, _ = Rematerialize(**options).run(f)  # type: ignore[arg-type]
+    g, _ = rematerialize.run(f)
     return [
         str(op.inputs[0].name)
         for op in g.ops
@@ -226,8 +226,8 @@ def test_a_few_products_are_computed_again() -> None:
     """The first ones, which would be kept for longest, as many as the limit allows."""
     f = layers(20)
     g, report = Rematerialize().run(f)
-    assert products_again(f) == ["x3", "x2", "x1", "x0"], "4 of 80 products"
-    assert products_again(f, products=0.03) == ["x1", "x0"]
+    assert products_again(f, Rematerialize()) == ["x3", "x2", "x1", "x0"], "4 of 80 products"
+    assert products_again(f, Rematerialize(products=0.03)) == ["x1", "x0"]
     saved = 256 * 64 * 4
     assert measure(f).peak - measure(g).peak == 4 * saved
     assert report.changed == 4 and "also aten.mm.default" in str(report)
@@ -235,8 +235,8 @@ def test_a_few_products_are_computed_again() -> None:
 
 def test_products_that_are_not_worth_their_work() -> None:
     f = layers(20)
-    assert products_again(f, products=0) == []
-    assert products_again(f, worth=20) == []
+    assert products_again(f, Rematerialize(products=0)) == []
+    assert products_again(f, Rematerialize(worth=20)) == []
 
 
 def test_products_of_unknown_size_are_not_computed_again() -> None:
