@@ -36,6 +36,7 @@ HEADERS = (
     "vector.h",
     "gemm.h",
     "digits.h",
+    "turn.h",
     "pack.h",
     "amx.h",
     "pool.h",

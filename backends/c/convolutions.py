@@ -7,6 +7,10 @@ channel + tap + image + place lead. So each of the three products needs no copy 
     grad of x[i, (n, p)]  = sum over (o, t)   weight[(o, t), i]    grad[(o, t reversed), (n, p)]
     grad of weight[o, (i, t)] = sum over (n, p)   grad[o, (n, p)]  x[(n, p), (i, t)]
 
+The first two are computed the other way round where windows have several taps: windows as rows of
+the left side, and the result turned. Then the frame holds the channels of a place side by side, and
+nothing is packed of it at all.
+
 Where windows are several elements apart, an element of x meets only every so many taps: which ones,
 its phase says. So the gradient of x is one product a phase, and none multiplies the zeros that are
 between the elements of grad. A transposed convolution is the gradient of one, and its gradients are
@@ -25,7 +29,7 @@ from typing import TYPE_CHECKING
 from shoestring.ir import Op, TensorType, Value
 
 from .layout import row_major
-from .sides import Frame, Numbers, Side, Sides, Target, count_of, simplified
+from .sides import Frame, Numbers, Side, Sides, Target, Windows, count_of, positions, simplified
 
 if TYPE_CHECKING:
     from .nodes import Node, Ref
@@ -199,23 +203,21 @@ def _in_three(values: Sequence[int], fill: int) -> Numbers:
 def sides_of(node: Node, role: Role) -> tuple[Sides, ...]:
     """How both sides of a product are walked; of an input's gradient, phase by phase."""
     walks, images = _walks(node, role), node.refs[1]
-    frame, before = _frame(images, walks)
-    if frame is None:
-        along = _in_three(images.layout.strides, 0)
-    else:
-        along = row_major((*images.shape[:2], *frame.size)).strides
+    by_place = role is not Role.WEIGHT and any(w.taps > 1 for walk in walks for w in walk)
+    frame, before = _frame(images, walks, by_place)
+    along = _in_three(images.layout.strides, 0) if frame is None else frame.strides(images)
     return tuple(_sides(node, role, w, frame, before, along) for w in walks)
 
 
-def _frame(images: Ref, walks: Walks) -> tuple[Frame | None, Numbers]:
-    """The images within zeros, if those are read, and where their first element is then."""
+def _frame(images: Ref, walks: Walks, by_place: bool) -> tuple[Frame | None, Numbers]:
+    """The images within zeros or by place, if need be, and where their first element is then."""
     reach = [[w[d].reach for w in walks] for d in range(SPATIAL)]
     before = tuple(max(0, -min(first for first, _ in r)) for r in reach)
     size = tuple(max(last for _, last in r) + 1 + b for r, b in zip(reach, before, strict=True))
     zeros = tuple(min(b, s) for b, s in zip(before, size, strict=True))
     given = _spatially(images.shape[2:])
     inner = tuple(min(n, s - z) for n, s, z in zip(given, size, zeros, strict=True))
-    frame = Frame(zeros, inner, size)
+    frame = Frame(zeros, inner, size, by_place)
     return (frame if frame.is_needed else None), before
 
 
@@ -227,26 +229,38 @@ def _sides(
     before: Numbers,
     along: Numbers,
 ) -> Sides:
-    """The sides of one product; `along` are the strides of the right one in its frame."""
+    """The sides of one product; `along` are the strides of images in their frame."""
     left, right = node.refs
     shape, steps = _in_three(left.shape, 1), _in_three(left.layout.strides, 0)
     images, channels = zip(right.shape[:2], along[:2], strict=True)
     dims = list(zip(walk, steps[2:], along[2:], strict=True))
-    window = simplified([channels, *((w.taps, w.tap_step * a) for w, _, a in dims)])
+    taps = [(w.taps, w.tap_step * a) for w, _, a in dims]
     places = [(w.places, w.place_step * a) for w, _, a in dims]
     first = sum((w.start + b) * a for (w, _, a), b in zip(dims, before, strict=True))
     row, summed = (0, 1) if role is Role.RESULT else (1, 0)
+    rows, sums = (shape[row], steps[row]), (shape[summed], steps[summed])
     over = [(w.taps, w.apart * step) for w, step, _ in dims]
+    start = sum(w.tap * step for w, step, _ in dims)
+    phase = tuple(w.phase for w in walk)
+    count = math.prod(w.places for w in walk)
+    joined = simplified([images, *places])
+    if frame is not None and frame.by_place:
+        in_row = count if by_image(count) else count * right.shape[0]
+        windows = Windows(shape[summed], positions(taps), positions(over), joined, in_row)
+        a = Side(right, 0, joined, (channels,), first)
+        b = Side(left, 0, (sums,), (rows,), start)
+        return Sides(a, b, shape[summed] * len(windows.a_taps), frame, phase, windows)
+    window = simplified([channels, *taps])
     if role is Role.WEIGHT:
         over = [(w.places, step) for w, step, _ in dims]
-        b = Side(right, 0, simplified([images, *places]), window, first)
-    elif by_image(math.prod(w.places for w in walk)):
+        b = Side(right, 0, joined, window, first)
+    elif by_image(count):
         b = Side(right, images[1], window, simplified(places), first)
     else:
-        b = Side(right, 0, window, simplified([images, *places]), first)
-    sums = simplified([(shape[summed], steps[summed]), *over])
-    a = Side(left, 0, ((shape[row], steps[row]),), sums, sum(w.tap * step for w, step, _ in dims))
-    return Sides(a, b, count_of(sums), frame, tuple(w.phase for w in walk))
+        b = Side(right, 0, window, joined, first)
+    summed_over = simplified([sums, *over])
+    a = Side(left, 0, (rows,), summed_over, start)
+    return Sides(a, b, count_of(summed_over), frame, phase)
 
 
 def target_of(node: Node, role: Role, phase: Numbers) -> Target:

@@ -12,8 +12,10 @@
  * packing them pays. Threads split rows and columns, never K: results are equal for every number of
  * threads.
  *
- * Where one stride does not lead along a dimension, as along the windows of a convolution, it has
- * digits, and packing goes by lists of positions made from them.
+ * Where one stride does not lead along a dimension, it has digits, and packing goes by lists of
+ * positions made from them. Windows of images are rows of A that no one packs: each row begins
+ * somewhere, and one list says where the elements are from there. So neighbouring windows share what
+ * they have in common in the cache. C is turned before it is handed over.
  *
  * A `unit` is what one lane of a multiply-add takes of K: one f32, or a pair of bf16 where the
  * machine multiplies pairs. bf16 elsewhere is widened to f32 while packing.
@@ -76,10 +78,15 @@ static int64_t even(int64_t size, int64_t limit, int64_t unit) {
 
 /* -- the tile ----------------------------------------------------------------------------------- */
 
-/* Rows of A: unit k of row i is at p + i * row + k * unit bytes. */
+/* How rows of A lie: in memory, or packed, or in windows. */
+enum { APART, PACKED, WINDOWS };
+
+/* Rows of A, counted in bytes: unit k of row i is at p + i * row + 4 * k; of a window it is at
+ * p + row * places[i] + units[k]. */
 typedef struct {
     const char *p;
-    int64_t row, unit;
+    int64_t row;
+    const int64_t *places, *units;
 } Rows;
 
 SS_INLINE ss_vf multiply_add(const char *a, ss_vf b, ss_vf acc, const int pairs) {
@@ -103,25 +110,27 @@ typedef struct {
 
 /* tile[ROWS, COLS] (+)= A[ROWS, units] * panel[units, COLS], the first `vecs` vectors of each row.
  * Each block of K is summed up by itself: a sum of 8192 terms in one go has several times the error.
- * Rows beyond `rows` repeat the last one. Constants after inlining: vecs, pairs, packed. */
-SS_INLINE void tile_body(const int vecs, const int pairs, const int packed, int add, int64_t units,
-                         int64_t rows, Rows a, const float *panel, Tiles tile) {
+ * Rows beyond `rows` repeat the last one. Constants after inlining: vecs, pairs, how. */
+SS_INLINE void tile_body(const int vecs, const int pairs, const int how, int add, int64_t units,
+                         int64_t rows, Rows a, const float *panel, int64_t cols, Tiles tile) {
     ss_vf acc[ROWS][VECS];
     const char *at[ROWS];
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) {
-        at[i] = packed ? a.p + 4 * i : a.p + least(i, rows - 1) * a.row;
+        const int64_t row = least(i, rows - 1);
+        at[i] = how == PACKED ? a.p + 4 * i : a.p + (how == WINDOWS ? a.places[row] : row) * a.row;
 #pragma GCC unroll 3
         for (int v = 0; v < vecs; v++) acc[i][v] = ss_vset(0.0f);
     }
-    const int64_t step = packed ? 4 * ROWS : 4;
+    const int64_t step = how == PACKED ? 4 * ROWS : 4;
     for (int64_t k = 0; k < units; k++) {
+        const int64_t unit = how == WINDOWS ? a.units[k] : k * step;
         ss_vf b[VECS];
 #pragma GCC unroll 3
-        for (int v = 0; v < vecs; v++) b[v] = ss_vload(panel + k * COLS + v * SS_LANES);
+        for (int v = 0; v < vecs; v++) b[v] = ss_vload(panel + k * cols + v * SS_LANES);
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++) {
-            const char *word = (packed ? at[0] + 4 * i : at[i]) + k * step;
+            const char *word = (how == PACKED ? at[0] + 4 * i : at[i]) + unit;
 #pragma GCC unroll 3
             for (int v = 0; v < vecs; v++) acc[i][v] = multiply_add(word, b[v], acc[i][v], pairs);
         }
@@ -136,22 +145,25 @@ SS_INLINE void tile_body(const int vecs, const int pairs, const int packed, int 
     }
 }
 
-typedef void (*Tile)(int add, int64_t units, int64_t rows, Rows a, const float *panel, Tiles tile);
+typedef void (*Tile)(int add, int64_t units, int64_t rows, Rows a, const float *panel, int64_t cols,
+                     Tiles tile);
 
-#define TILE(vecs, pairs, packed)                                                                 \
-    static void tile_##vecs##pairs##packed(int add, int64_t units, int64_t rows, Rows a,          \
-                                           const float *panel, Tiles tile) {                      \
-        tile_body(vecs, pairs, packed, add, units, rows, a, panel, tile);                         \
+#define TILE(vecs, pairs, how)                                                                    \
+    static void tile_##vecs##pairs##how(int add, int64_t units, int64_t rows, Rows a,             \
+                                        const float *panel, int64_t cols, Tiles tile) {           \
+        tile_body(vecs, pairs, how, add, units, rows, a, panel, cols, tile);                      \
     }
-#define TILES(vecs) TILE(vecs, 0, 0) TILE(vecs, 0, 1) TILE(vecs, 1, 0) TILE(vecs, 1, 1)
-#define NAMES(vecs) {{tile_##vecs##00, tile_##vecs##01}, {tile_##vecs##10, tile_##vecs##11}}
+#define HOWS(vecs, pairs) TILE(vecs, pairs, 0) TILE(vecs, pairs, 1) TILE(vecs, pairs, 2)
+#define TILES(vecs) HOWS(vecs, 0) HOWS(vecs, 1)
+#define NAMES(vecs, pairs) {tile_##vecs##pairs##0, tile_##vecs##pairs##1, tile_##vecs##pairs##2}
 TILES(1)
 TILES(2)
 #if SS_LANES == 8
-static const Tile TILE_OF[VECS][2][2] = {NAMES(1), NAMES(2)};
+static const Tile TILE_OF[VECS][2][3] = {{NAMES(1, 0), NAMES(1, 1)}, {NAMES(2, 0), NAMES(2, 1)}};
 #else
 TILES(3)
-static const Tile TILE_OF[VECS][2][2] = {NAMES(1), NAMES(2), NAMES(3)};
+static const Tile TILE_OF[VECS][2][3] = {
+    {NAMES(1, 0), NAMES(1, 1)}, {NAMES(2, 0), NAMES(2, 1)}, {NAMES(3, 0), NAMES(3, 1)}};
 #endif
 
 #if SS_AMX
@@ -193,7 +205,7 @@ typedef struct {
     const ss_gemm *g;
     int pairs, amx;
     int direct;               /* whether A is read where it is */
-    int64_t rows, cols;       /* of a tile */
+    int64_t rows, cols;       /* of a tile, and of a panel */
     int64_t k, units, width;  /* what is summed up, the same in units, these padded */
     int64_t block;            /* units of a block of K: blocks are much alike */
     int64_t mc;               /* rows that share a panel */
@@ -211,8 +223,9 @@ static int use_amx(const ss_gemm *g) {
 }
 
 static Shape of_length(Shape s, int64_t k) {
+    const ss_windows *w = s.g->windows;
     s.k = k;
-    s.units = s.pairs ? (k + 1) / 2 : k;
+    s.units = blocks(w ? w->channels : k, 1 + s.pairs) * (w ? w->taps : 1);
     s.width = s.amx ? blocks(s.units, AMX_UNITS) * AMX_UNITS : s.units;
     s.block = even(s.width, KC, AMX_UNITS);
     return s;
@@ -227,10 +240,13 @@ static Shape shape_of(const ss_gemm *g) {
     Shape s = {.g = g, .amx = use_amx(g), .rows = ROWS, .cols = COLS};
     s.pairs = s.amx || (PAIRS && g->type == SS_BF16);
     if (s.amx) s.rows = AMX_ROWS, s.cols = AMX_COLS;
+    /* Two panels of two vectors take less time than one of three and one of one. */
+    if (!s.amx && VECS == 3 && blocks(g->n, SS_LANES) == 4) s.cols = 2 * SS_LANES;
     s = of_length(s, g->k);
     const int even = g->k % 2 == 0 && g->grouping != SS_GROUPS_OF_SUM;
     s.direct = g->a_col == 1 && !g->a_sum && (g->type == SS_F32 || (s.pairs && even));
     s.direct = s.direct && (s.amx ? s.width == s.units : g->m <= FEW || batches(g) * g->n < REUSED);
+    if (g->windows) s.direct = !s.amx && (g->type == SS_F32 || s.pairs);
     s.mc = least(MC / s.rows, blocks(g->m, s.rows)) * s.rows;
     const int64_t fit = TILES / (4 * s.mc * s.cols), all = batches(g) * blocks(g->n, s.cols);
     s.panels = most(1, least(s.width <= KC ? least(fit, GROUP) : fit, all));
@@ -239,6 +255,11 @@ static Shape shape_of(const ss_gemm *g) {
 
 static int64_t panel_floats(const Shape *s) { return least(s->width, KC) * s->cols; }
 static int64_t tiles_floats(const Shape *s) { return s->panels * s->mc * s->cols; }
+/* Room for tiles turned: columns of C, of which there are `mc`, padded to vectors. */
+static int64_t turned_rows(const Shape *s) { return blocks(s->mc, SS_LANES) * SS_LANES; }
+static int64_t turned_floats(const Shape *s) {
+    return s->g->windows ? s->panels * s->cols * turned_rows(s) : 0;
+}
 /* A machine with tile registers packs the last rows, which are fewer than a tile, in any case. */
 static int64_t packed_floats(const Shape *s) {
     return (s->direct ? (s->amx ? s->rows : 0) : s->mc) * least(s->width, KC);
@@ -246,7 +267,8 @@ static int64_t packed_floats(const Shape *s) {
 
 int64_t ss_gemm_scratch(const ss_gemm *g) {
     Shape s = shape_of(g);
-    int64_t floats = GROUP * panel_floats(&s) + tiles_floats(&s) + packed_floats(&s);
+    int64_t floats = GROUP * panel_floats(&s) + packed_floats(&s);
+    floats += tiles_floats(&s) + turned_floats(&s);
     return blocks(4 * floats, 64) * 64;
 }
 
@@ -255,30 +277,56 @@ typedef struct {
     int64_t first, count, i0, i1, j0, j1;
 } Part;
 
-/* A block of K: its units, these padded, and lists of where its elements are, if there are any. */
+/* A block of K: its units, these padded, and lists of where its elements are, if there are any; of
+ * windows that are read where they are, how many bytes the units are from where one begins. */
 typedef struct {
     int64_t u, units, wide;
     Sum a, b;
+    int64_t bytes[KC];
 } Block;
+
+/* The units of windows, tap by tap of one channel after the other, of two where units are pairs. */
+static void list_windows(const Shape *s, Block *k) {
+    const ss_windows *w = s->g->windows;
+    const int64_t each = 1 + s->pairs, size = s->g->type == SS_F32 ? 4 : 2;
+    int64_t channel = k->u / w->taps * each, tap = k->u % w->taps;
+    for (int64_t u = 0; u < k->units; u++) {
+        const int64_t at = channel + w->a_tap[tap];
+        if (s->direct)
+            k->bytes[u] = at * size;
+        else
+            for (int64_t e = 0; e < each; e++) k->a.at[each * u + e] = at + e;
+        if (++tap == w->taps) tap = 0, channel += each;
+    }
+    k->a.units = k->units;
+    k->a.elements = each * k->units;
+    k->a.runs = 0;
+}
 
 static void start_block(const Shape *s, Source left, Source right, int64_t u, Block *k) {
     const int64_t each = 1 + s->pairs;
     k->u = u;
     k->units = least(s->block, s->units - u);
     k->wide = least(s->block, s->width - u);
+    if (s->g->windows) {
+        list_windows(s, k);
+        return;
+    }
     const int64_t elements = least(each * k->units, s->k - each * u);
     if (listed(left)) list_sum(left, each * u, elements, k->units, s->pairs, &k->a);
     if (listed(right)) list_sum(right, each * u, elements, k->units, s->pairs, &k->b);
 }
 
-static void pack_a(const Shape *s, Source a, int64_t i, int64_t rows, const Block *k, float *packed) {
+/* `at`: where rows begin that are listed. */
+static void pack_a(const Shape *s, Source a, int64_t i, int64_t rows, const int64_t *at, const Block *k,
+                   float *packed) {
 #if SS_AMX
     if (s->amx) {
         for (int64_t r = s->direct ? rows / s->rows * s->rows : 0; r < rows; r += s->rows) {
             const int64_t count = least(s->rows, rows - r);
             float *out = packed + (s->direct ? 0 : r * k->wide);
             if (listed(a))
-                pack_rows_listed(a, &k->a, i + r, count, k->wide, out);
+                pack_rows_listed(a, &k->a, at + r, count, k->wide, out);
             else
                 pack_rows(a, k->u, k->units, s->k, i + r, count, k->wide, out);
         }
@@ -287,12 +335,8 @@ static void pack_a(const Shape *s, Source a, int64_t i, int64_t rows, const Bloc
 #endif
     if (s->direct) return;
     if (listed(a)) {
-        for (int64_t r = 0; r < rows; r += ROWS) {
-            int64_t at[ROWS];
-            const int64_t count = least(ROWS, rows - r);
-            list(a.j, a.j_stride, i + r, count, at);
-            pack_listed(a, &k->a, at, count, ROWS, s->pairs, packed + r * k->units);
-        }
+        for (int64_t r = 0; r < rows; r += ROWS)
+            pack_listed(a, &k->a, at + r, least(ROWS, rows - r), ROWS, s->pairs, packed + r * k->units);
         return;
     }
     int64_t r = 0;
@@ -321,17 +365,20 @@ static void pack_b(const Shape *s, Source b, int64_t step, const Part *p, int64_
     const char *start = b.p;
     const Panel first = panel_of(s, p, q), last = panel_of(s, p, q + count - 1);
     const int whole = first.batch == last.batch && last.cols == s->cols;
-    if (b.j_stride == 1 && !listed(b) && whole) {
+    const int lanes = b.j_stride == 1 && !listed(b) && whole;
+    if (lanes) {
         b.p += first.batch * step;
         pack_lanes(b, k->u, k->units, s->k, first.j, count, s->cols, floats, s->pairs, panels);
     }
     for (int64_t c = 0; c < count; c++) {
         float *out = panels + c * floats;
         memset(out + k->units * s->cols, 0, 4 * (k->wide - k->units) * s->cols);
-        if (b.j_stride == 1 && !listed(b) && whole) continue;
+        if (lanes) continue;
         const Panel at = panel_of(s, p, q + c);
         b.p = start + at.batch * step;
-        if (listed(b)) {
+        if (b.windows) {
+            pack_taps(b, k->u, k->units, at.j, at.cols, s->cols, s->pairs, out);
+        } else if (listed(b)) {
             int64_t js[COLS < AMX_COLS ? AMX_COLS : COLS];
             list(b.j, b.j_stride, at.j, at.cols, js);
             pack_listed(b, &k->b, js, at.cols, s->cols, s->pairs, out);
@@ -347,9 +394,9 @@ static int64_t packed_at(const Shape *s, const Block *k, int64_t q) {
 }
 
 /* tiles[rows, cols] (+)= A[rows, block of K] * panel. */
-static void multiply(const Shape *s, Source a, const float *packed, int64_t i, int64_t rows,
-                     const Block *k, int64_t cols, const float *panel, Tiles tiles) {
-    const int64_t stride = a.j_stride * (a.type == SS_F32 ? 4 : 2);
+static void multiply(const Shape *s, Source a, const float *packed, const int64_t *at, int64_t i,
+                     int64_t rows, const Block *k, int64_t cols, const float *panel, Tiles tiles) {
+    const int64_t size = a.type == SS_F32 ? 4 : 2, stride = a.j_stride * size;
     const char *direct = a.p + i * stride + 4 * k->u;
 #if SS_AMX
     if (s->amx) {
@@ -357,19 +404,21 @@ static void multiply(const Shape *s, Source a, const float *packed, int64_t i, i
             const int whole = s->direct && r + s->rows <= rows;
             const float *own = packed + (s->direct ? 0 : r * k->wide);
             const Rows source = {whole ? direct + r * stride : (const char *)own,
-                                 whole ? stride : 4 * k->wide, 4};
+                                 whole ? stride : 4 * k->wide};
             const Tiles to = {tiles.p + r * tiles.stride, tiles.stride};
             amx_tile(k->u > 0, k->wide, source, panel, to);
         }
         return;
     }
 #endif
-    const Tile tile = TILE_OF[blocks(cols, SS_LANES) - 1][s->pairs][!s->direct];
+    const int how = !s->direct ? PACKED : s->g->windows ? WINDOWS : APART;
+    const Tile tile = TILE_OF[blocks(cols, SS_LANES) - 1][s->pairs][how];
     for (int64_t r = 0; r < rows; r += ROWS) {
-        const char *own = (const char *)(packed + r * k->units);
-        const Rows source = {s->direct ? direct + r * stride : own, stride, 4};
+        Rows source = {(const char *)(packed + r * k->units)};
+        if (how == APART) source = (Rows){direct + r * stride, stride};
+        if (how == WINDOWS) source = (Rows){a.p, size, at + r, k->bytes};
         const Tiles to = {tiles.p + r * tiles.stride, tiles.stride};
-        tile(k->u > 0, k->units, least(ROWS, rows - r), source, panel, to);
+        tile(k->u > 0, k->units, least(ROWS, rows - r), source, panel, s->cols, to);
     }
 }
 
@@ -387,22 +436,40 @@ static void finish(const Shape *s, const Part *p, int64_t i, int64_t rows, int64
     }
 }
 
+/* The same of windows: image by image, turned first. */
+static void finish_turned(const Shape *s, const Part *p, int64_t i, int64_t rows, int64_t from,
+                          int64_t count, Tiles tiles, float *turned, void *const *buffers) {
+    const int64_t places = s->g->windows->places, j = p->j0 + from * s->cols;
+    const int64_t cols = least(count * s->cols, p->j1 - j);
+    for (int64_t r = 0, some; r < rows; r += some) {
+        const int64_t image = (i + r) / places, place = (i + r) % places;
+        some = least(rows - r, places - place);
+        const int64_t width = blocks(some, SS_LANES) * SS_LANES;
+        const Source rowwise = {(const char *)(tiles.p + r * tiles.stride), SS_F32, 1, tiles.stride};
+        pack(rowwise, 0, cols, cols, 0, some, width, 0, turned);
+        s->g->finish(buffers, image, j, place, cols, some, turned, width);
+    }
+}
+
 /* `right` is B of the first matrix, that of the next is `step` bytes further. */
 static void product(const Shape *s, Source left, Source right, int64_t step, Part p,
                     void *const *buffers, float *scratch) {
     float *panels = scratch, *packed = panels + GROUP * panel_floats(s);
     const Tiles tiles = {packed + packed_floats(s), s->panels * s->cols};
+    const ss_windows *w = s->g->windows;
     const int64_t all = p.count * blocks(p.j1 - p.j0, s->cols);
     const int64_t high = even(p.i1 - p.i0, s->mc, s->rows), floats = panel_floats(s);
+    int64_t at[MC];
     Block k;
     for (int64_t i = p.i0; i < p.i1; i += high) {
         const int64_t rows = least(high, p.i1 - i);
+        if (listed(left)) list(w ? &w->rows : 0, left.j_stride, i, rows, at);
         for (int64_t from = 0; from < all; from += s->panels) {
             const int64_t count = least(s->panels, all - from);
             for (int64_t u = 0; u < s->units; u += s->block) {
                 if (s->units > KC || from == 0) {
                     start_block(s, left, right, u, &k);
-                    pack_a(s, left, i, rows, &k, packed);
+                    pack_a(s, left, i, rows, at, &k, packed);
                 }
                 for (int64_t q = 0; q < count; q++) {
                     const float *panel = panels + q % GROUP * floats;
@@ -411,11 +478,15 @@ static void product(const Shape *s, Source left, Source right, int64_t step, Par
                         panel = (const float *)right.p + packed_at(s, &k, p.j0 / s->cols + from + q);
                     else if (q % GROUP == 0)
                         pack_b(s, right, step, &p, from + q, least(GROUP, count - q), &k, panels, floats);
-                    multiply(s, left, packed, i, rows, &k, panel_of(s, &p, from + q).cols, panel, own);
+                    const int64_t cols = panel_of(s, &p, from + q).cols;
+                    multiply(s, left, packed, at, i, rows, &k, cols, panel, own);
                 }
             }
             if (s->units == 0) memset(tiles.p, 0, 4 * tiles_floats(s));
-            finish(s, &p, i, rows, from, count, tiles, buffers);
+            if (w)
+                finish_turned(s, &p, i, rows, from, count, tiles, tiles.p + tiles_floats(s), buffers);
+            else
+                finish(s, &p, i, rows, from, count, tiles, buffers);
         }
     }
 }
@@ -445,14 +516,15 @@ static int64_t begin(const Job *job, int64_t e, int64_t size) {
 
 /* B of the matrix at `p`. */
 static Source right_of(const ss_gemm *g, const void *p) {
-    return (Source){p, g->type, g->b_row, g->b_col, g->b_sum, g->b_cols};
+    return (Source){p, g->type, g->b_row, g->b_col, g->b_sum, g->b_cols, g->windows};
 }
 
 /* A part, group by group. */
 static void part(const Job *job, Part p, float *scratch) {
     const ss_gemm *g = job->s.g;
     const int64_t size = g->type == SS_F32 ? 4 : 2, step = g->b_batch * size;
-    Source left = {job->a + p.first * g->a_batch * size, g->type, g->a_col, g->a_row, g->a_sum, 0};
+    Source left = {job->a + p.first * g->a_batch * size, g->type, g->a_col, g->a_row, g->a_sum};
+    left.windows = g->windows;
     Source right = right_of(g, job->b + p.first * step);
     if (g->grouping == SS_GROUPS_OF_ROWS) {
         for (int64_t e = 0; e < g->groups; e++) {

@@ -21,6 +21,18 @@ typedef struct {
     int64_t size[SS_DIGITS], stride[SS_DIGITS];
 } ss_digits;
 
+/* Images as the left side, and weights as the right one. Row (image, place) of A is the window there:
+ * element (channel, tap) is `channel + a_tap[tap]` from where `rows` leads, in images whose channels
+ * are neighbours in memory, with a zero behind an odd number of bf16. That of column j of B is at
+ * `channel * b_row + b_tap[tap] + j * b_col`. C is handed over turned: its rows are the columns of B,
+ * its columns the places of one image, and images are its matrices. */
+typedef struct {
+    int64_t channels, taps;
+    const int64_t *a_tap, *b_tap;       /* the latter ascend */
+    ss_digits rows;
+    int64_t places;                     /* of an image */
+} ss_windows;
+
 /* C[m,n] = A[m,k] B[k,n], `batch` times. Strides count elements. */
 typedef struct {
     int64_t batch, m, n, k;
@@ -32,6 +44,7 @@ typedef struct {
     int64_t groups;
     const ss_digits *a_sum;             /* instead of a_col, or 0 */
     const ss_digits *b_sum, *b_cols;    /* instead of b_row and b_col, or 0 */
+    const ss_windows *windows;          /* instead of strides of A, or 0 */
     int b_packed;                       /* whether B is as `ss_gemm_pack` wrote it */
 } ss_gemm;
 
@@ -55,3 +68,6 @@ typedef struct {
 } ss_frame;
 
 void ss_frame_run(const ss_frame *f, const void *x, void *out);
+
+/* The same, with the channels of each place side by side, as `ss_windows` takes them. */
+void ss_frame_by_place(const ss_frame *f, const void *x, void *out);

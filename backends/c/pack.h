@@ -10,6 +10,7 @@
  */
 #pragma once
 #include "digits.h"
+#include "turn.h"
 #include "vector.h"
 
 /* A matrix as the tile sees it: `k` along units, `j` across lanes. */
@@ -18,9 +19,11 @@ typedef struct {
     ss_type type;
     int64_t k_stride, j_stride;  /* elements */
     const ss_digits *k, *j;      /* instead of a stride, or 0 */
+    const ss_windows *windows;   /* whose elements it has, or 0 */
 } Source;
 
-static int listed(Source s) { return s.k || s.j; }
+/* Whether one has to be told where its elements are. */
+static int listed(Source s) { return s.k || s.j || s.windows; }
 
 /* How many of the positions from `at` on are neighbours in memory, up to `limit`. */
 SS_INLINE int64_t neighbours(const int64_t *at, int64_t limit) {
@@ -79,51 +82,19 @@ SS_INLINE void rows_of(Source s, int64_t u, int64_t j, int64_t k_end, int pairs,
     memcpy(out, words, sizeof words);
 }
 
-#if defined(__AVX__) && SS_LANES >= 8
-#define TURNS 1
-#else
-#define TURNS 0
-#endif
-
 /* A square, turned: lane l is a vector of neighbours from element at[l] on, out[c] holds element c
  * of each lane. */
 #if SS_LANES == 16
 SS_INLINE void turn(Source s, const int64_t *at, int pairs, float *out, int64_t out_stride) {
-    __m512i r[16], t[16];
+    ss_vf r[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) {
         const uint16_t *halves = (const uint16_t *)s.p + at[i];
-        r[i] = (__m512i)(s.type == SS_F32 ? ss_vload((const float *)s.p + at[i])
-                         : pairs          ? ss_vload((const float *)halves)
-                                          : ss_vload_bf16(halves));
+        r[i] = s.type == SS_F32 ? ss_vload((const float *)s.p + at[i])
+               : pairs          ? ss_vload((const float *)halves)
+                                : ss_vload_bf16(halves);
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) { /* r[4 q + i]: words 4 l + i of rows 4 q .. 4 q + 3 in lane l */
-        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        float *o = out + i * out_stride;
-        _mm512_storeu_ps(o, (__m512)_mm512_shuffle_i32x4(t[i], t[8 + i], 0x88));
-        _mm512_storeu_ps(o + 4 * out_stride, (__m512)_mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88));
-        _mm512_storeu_ps(o + 8 * out_stride, (__m512)_mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd));
-        _mm512_storeu_ps(o + 12 * out_stride, (__m512)_mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd));
-    }
+    turn_vectors(r, out, out_stride);
 }
 #endif
 #if TURNS
@@ -140,36 +111,13 @@ SS_INLINE __m256 eight(Source s, int64_t at, int pairs) {
     return _mm256_loadu_ps(wide);
 }
 
-/* The same for eight lanes: r[c] holds element c of each. */
-SS_INLINE void square(Source s, const int64_t *at, int pairs, __m256 *r) {
-    __m256 t[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) r[i] = eight(s, at[i], pairs);
-#pragma GCC unroll 4
-    for (int i = 0; i < 8; i += 2) {
-        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 8; i += 4) { /* r[i + c]: words c and 4 + c of rows i .. i + 3 */
-        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        const __m256 low = r[i], high = r[4 + i];
-        r[i] = _mm256_permute2f128_ps(low, high, 0x20);
-        r[4 + i] = _mm256_permute2f128_ps(low, high, 0x31);
-    }
-}
-
-/* out[8, width] = the square; where a row is wider than `width`, the next overwrites what is over,
+/* The same for eight lanes, which go to out[8, width]; where a row is wider than `width`, the next overwrites what is over,
  * and the last has `width` elements. */
 SS_INLINE void turn8(Source s, const int64_t *at, int pairs, float *out, int64_t width) {
     __m256 r[8];
-    square(s, at, pairs, r);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) r[i] = eight(s, at[i], pairs);
+    turn_eight(r);
 #pragma GCC unroll 8
     for (int c = 0; c < 7; c++) _mm256_storeu_ps(out + c * width, r[c]);
     if (width < 8) {
@@ -371,6 +319,27 @@ static void pack_listed(Source s, const Sum *k, const int64_t *js, int64_t count
         pack_kind(s, ONE_HALF, k, js, count, width, out);
 }
 
+/* As pack, of weights: unit (channel, tap), two channels where units are pairs. */
+static void pack_taps(Source s, int64_t u0, int64_t units, int64_t j0, int64_t count, int64_t width,
+                      int pairs, float *out) {
+    const ss_windows *w = s.windows;
+    const int64_t size = s.type == SS_F32 ? 4 : 2, step = s.j_stride * size;
+    for (int64_t u = 0, taps; u < units; u += taps) {
+        const int64_t channel = (u0 + u) / w->taps * (1 + pairs), end = units - u;
+        const int64_t *tap = w->b_tap + (u0 + u) % w->taps;
+        const int64_t left = least(end, w->b_tap + w->taps - tap);
+        for (taps = 1; taps < left && tap[taps] - tap[0] < SS_LANES; taps++) {}
+        const Words words = {s.type, pairs, channel + 1 < w->channels ? s.k_stride : 0};
+        const char *p = s.p + (channel * s.k_stride + j0 * s.j_stride + tap[0]) * size;
+        for (int64_t j = 0; j < width; j += SS_LANES) {
+            float square[SS_LANES * SS_LANES];
+            turn_words(words, p + j * step, step, count - j, tap[taps - 1] - tap[0] + 1, square);
+            for (int64_t t = 0; t < taps; t++)
+                memcpy(out + (u + t) * width + j, square + (tap[t] - tap[0]) * SS_LANES, 4 * SS_LANES);
+        }
+    }
+}
+
 #if SS_AMX
 /* out[AMX_ROWS, width] = `units` units from u0 on of rows [i0, i0 + count); beyond is zero. */
 static void pack_rows(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t i0, int64_t count,
@@ -387,11 +356,12 @@ static void pack_rows(Source s, int64_t u0, int64_t units, int64_t k_end, int64_
     }
 }
 
-/* The same, element k of a row being at k->at[k] from where the row begins. */
-static void pack_rows_listed(Source s, const Sum *k, int64_t i0, int64_t count, int64_t width, float *out) {
+/* The same, element k of a row being at k->at[k] from where the row begins, at js[row]. */
+static void pack_rows_listed(Source s, const Sum *k, const int64_t *js, int64_t count, int64_t width,
+                             float *out) {
     memset(out, 0, 4 * AMX_ROWS * width);
     for (int64_t r = 0; r < count; r++)
         for (int64_t u = 0; u < k->units; u++)
-            across(s.p, TWO_HALVES, k, u, (i0 + r) * s.j_stride, 1, out + r * width + u);
+            across(s.p, TWO_HALVES, k, u, js[r], 1, out + r * width + u);
 }
 #endif

@@ -1,4 +1,4 @@
-"""Right sides that many small products share, packed once for all of them.
+"""Right sides that are packed once: those that many small products share, and weights for windows.
 
 A product reads its right side in panels, which it packs first: of a few rows, as in each step of a
 recurrence, that takes as long as half of the multiplications.
@@ -17,6 +17,7 @@ from .claims import Claim
 from .convolutions import role_of
 from .layout import row_major
 from .products import COLS, GROUPED, TYPES, is_product, matrices_of
+from .sides import ALIGNMENT, Sides, count_of
 
 if TYPE_CHECKING:
     from .nodes import Node, Ref
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 NAME = "pack"
 USES = 4  # fewer products do not share
 MOST_ROWS = 128  # of the left side; more make up for packing
+FEW_WINDOWS = 512  # up to which each thread packs weights for itself
+MOST_PACKED = 2 << 20  # bytes; to pack more than that again takes less than memory is worth
 UNITS = 16  # at least what gemm.c rounds K up to
 
 
@@ -44,6 +47,14 @@ def packed_floats(shape: Sequence[int]) -> int:
     """Room for a right side [K, N], on any machine."""
     summed, cols = shape
     return (summed + UNITS) * (cols + COLS)
+
+
+def packed_bytes(sides: Sides) -> int:
+    """Room for weights that are packed once for all windows of a product; 0 where they are not."""
+    if sides.windows is None or count_of(sides.a.rows) <= FEW_WINDOWS:
+        return 0
+    room = 4 * packed_floats((sides.summed, count_of(sides.b.cols)))
+    return -(-room // ALIGNMENT) * ALIGNMENT if room <= MOST_PACKED else 0
 
 
 def is_packed(side: Ref) -> bool:

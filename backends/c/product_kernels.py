@@ -15,9 +15,9 @@ from .expressions import rounded
 from .groups import Placed
 from .kernels import Kernel, KernelWriter, Loop
 from .nodes import Node, Ref
-from .packing import is_packed
+from .packing import is_packed, packed_bytes
 from .products import AXES, COLS, COLUMNS, PHASES, TYPES, axes_of, grouping_of, sides_of
-from .sides import Digits, Frame, Numbers, Side, Sides, stride_of, written_out
+from .sides import Digits, Frame, Numbers, Side, Sides, Windows, count_of, stride_of, written_out
 
 GIVEN = "b, batch, r0, c0, rows, cols, tile, stride"  # to an `ss_finish`
 PARAMETERS = (
@@ -65,32 +65,42 @@ class ProductWriter(KernelWriter):
     def write(self) -> Kernel:
         self.scalars: list[str] = []
         self._epilogue()
-        frame, images = self.sides[0].frame, self.sides[0].b.ref
-        starts = [
-            (self._start(s.a.ref, s.a.offset), self._start(s.b.ref, 0 if frame else s.b.offset))
-            for s in self.sides
-        ]
+        frame, images = self.sides[0].frame, self.sides[0].images.ref
+        first, second = (self._start(ref) for ref in self.product.node.refs[:2])
         _, _, *ends = self.product.node.refs
         groups = f"(const int32_t *)({self._start(ends[0])})" if ends else "0"
-        lines, framed = list[str](), 0
-        room = scratch = f"b[{len(self.pointers)}]"
+        scratch = f"b[{len(self.pointers)}]"
+        lines, used = list[str](), 0
         if frame is not None:
-            framed = frame.nbytes(images)
-            run = f"    ss_frame_run(&frame, {starts[0][1]}, {scratch});"
-            lines += [_frame(frame, images), run]
-            room = f"(char *){scratch} + {framed}"
+            used = frame.nbytes(images)
+            how = "ss_frame_by_place" if frame.by_place else "ss_frame_run"
+            lines += [_frame(frame, images), f"    {how}(&frame, {second}, {scratch});"]
+            second = f"(const char *){scratch}"
+        packed = max(map(packed_bytes, self.sides))
         threads = torch.get_num_threads()
-        for sides, (left, right) in zip(self.sides, starts, strict=True):
-            if frame is not None:
-                right = f"(const char *){scratch}{_plus(sides.b.offset, images)}"
-            run = f"ss_gemm_run(&g, {left}, {right}, {groups}, b, {room}, {threads});"
-            call = f"{self._shape(sides)}\n    {run}"
+        for sides in self.sides:
+            left, right = (first, second) if sides.windows is None else (second, first)
+            left += _plus(sides.a.offset, sides.a.ref)
+            right += _plus(sides.b.offset, sides.b.ref)
+            call = self._shape(sides)
+            if packed:
+                to = f"(char *){scratch} + {used}"
+                call += f"\n    ss_gemm_pack(&g, {right}, {to});"
+                right = to
+            room = f"(char *){scratch} + {used + packed}" if used + packed else scratch
+            call += f"\n    ss_gemm_run(&g, {left}, {right}, {groups}, b, {room}, {threads});"
             if len(self.sides) > 1:
                 call = f"    {{\n{indent(call, '    ')}\n    }}"
             lines.append(call)
-        cols = self.sizes["batch"] * (self._columns + COLS)
-        most = max(scratch_of(self.sizes["row"], cols, s.summed) for s in self.sides)
-        return self._finish("\n".join(lines), self._helper(), framed + threads * most)
+        most = max(map(self._thread_bytes, self.sides))
+        return self._finish("\n".join(lines), self._helper(), used + packed + threads * most)
+
+    def _thread_bytes(self, sides: Sides) -> int:
+        """Scratch of one thread."""
+        rows, cols = self.sizes["row"], self.sizes["batch"] * (self._columns + COLS)
+        if sides.windows is None:
+            return scratch_of(rows, cols, sides.summed)
+        return scratch_of(count_of(sides.a.rows), rows + COLS, sides.summed, turned=True)
 
     @property
     def _columns(self) -> int:
@@ -141,12 +151,14 @@ class ProductWriter(KernelWriter):
 
     # -- the product itself --------------------------------------------------------------------
 
-    def _start(self, ref: Ref, offset: int = 0) -> str:
-        """The address of an element of an operand, `offset` elements from its first."""
+    def _start(self, ref: Ref) -> str:
+        """The address of the first element of an operand."""
         pointer, left = self._pointer(ref.base, ref.layout.offset)
-        return f"(const char *)b[{pointer.removeprefix('p')}]{_plus(left + offset, ref)}"
+        return f"(const char *)b[{pointer.removeprefix('p')}]{_plus(left, ref)}"
 
     def _shape(self, sides: Sides) -> str:
+        if sides.windows is not None:
+            return self._windows(sides, sides.windows)
         grouping, count = grouping_of(self.product.node.op)
         groups = f"        {grouping}, {count},\n" if count else ""
         matrices, rows = self.sizes["batch"], self.sizes["row"]
@@ -167,20 +179,45 @@ class ProductWriter(KernelWriter):
             f"    }};"
         )
 
+    def _windows(self, sides: Sides, windows: Windows) -> str:
+        packed = "        .b_packed = 1,\n" if packed_bytes(sides) else ""
+        sizes, strides = map(_numbers, written_out(windows.rows))
+        a_taps, b_taps = (", ".join(map(str, t)) or "0" for t in (windows.a_taps, windows.b_taps))
+        kind = TYPES[sides.a.ref.dtype]
+        return (
+            f"    static const int64_t a_taps[] = {{{a_taps}}}, b_taps[] = {{{b_taps}}};\n"
+            f"    static const ss_windows windows = {{\n"
+            f"        {windows.channels}, {len(windows.a_taps)}, a_taps, b_taps,"
+            f"  // channels, taps of a window\n"
+            f"        {{{sizes}, {strides}}}, {windows.places},"
+            f"  // where windows begin, how many make a row of the result\n"
+            f"    }};\n"
+            f"    static const ss_gemm g = {{\n"
+            f"        1, {count_of(sides.a.rows)}, {count_of(sides.b.cols)}, {sides.summed},"
+            f" {kind},  // matrices, windows, columns, summed\n"
+            f"        0, 0, 1,  // A\n"
+            f"        {_strides(sides.b)},  // B\n"
+            f"        {self._store_of(sides)},\n"
+            f"        .windows = &windows,\n{packed}"
+            f"    }};"
+        )
 
-def scratch_of(rows: int, cols: int, summed: int) -> int:
+
+def scratch_of(rows: int, cols: int, summed: int, turned: bool = False) -> int:
     """Bytes that one thread of `ss_gemm_run` needs at most, on any machine.
 
     Args:
         rows: of one product.
         cols: of all products that have one left side, each with its columns rounded up by `COLS`.
         summed: the size of the dimension that is summed up.
+        turned: whether the result is handed over turned.
     """
     block = min(summed + ROWS, KC)
     rows = min(MC, rows + ROWS)
     fit = max(COLS, min(cols, TILES // (4 * rows)))
     wait = fit if summed + ROWS > KC else min(fit, GROUP * COLS)  # for the next block of K
-    return 4 * (GROUP * COLS * block + rows * wait + rows * block) + 64
+    tiles = rows * wait + (rows + ROWS) * wait * turned
+    return 4 * (GROUP * COLS * block + tiles + rows * block) + 64
 
 
 def _plus(elements: int, ref: Ref) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .layout import contiguous_runs
+from .layout import contiguous_runs, row_major
 
 if TYPE_CHECKING:
     from .nodes import Node, Ref
@@ -45,15 +46,30 @@ class Frame:
         before: zeros ahead of each dimension of an image.
         inner: what is copied of each dimension.
         size: each dimension with its zeros.
+        by_place: whether the channels of a place are neighbours in memory, not the places of one.
     """
 
     before: tuple[int, ...]
     inner: tuple[int, ...]
     size: tuple[int, ...]
+    by_place: bool = False
 
     @property
     def is_needed(self) -> bool:
-        return any(self.before) or self.inner != self.size
+        return self.by_place or any(self.before) or self.inner != self.size
+
+    def strides(self, ref: Ref) -> Numbers:
+        """Of the copy: images, channels, and the dimensions of an image."""
+        images, channels = ref.shape[:2]
+        if not self.by_place:
+            return row_major((images, channels, *self.size)).strides
+        image, *places, channel = row_major((images, *self.size, self._channels(ref))).strides
+        return (image, channel, *places)
+
+    def _channels(self, ref: Ref) -> int:
+        """Channels of the copy: by place, a whole number of words."""
+        word = 4 // ref.dtype.itemsize if self.by_place else 1
+        return -(-ref.shape[1] // word) * word
 
     def numbers(self, ref: Ref) -> tuple[Numbers, Numbers, Numbers, Numbers]:
         """What an `ss_frame` of gemm.h holds behind the size of an element."""
@@ -63,8 +79,26 @@ class Frame:
 
     def nbytes(self, ref: Ref) -> int:
         """Bytes of the copy, up to where something else may begin."""
-        count = math.prod((*ref.shape[:2], *self.size))
+        count = math.prod((ref.shape[0], self._channels(ref), *self.size))
         return -(-count * ref.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Images as the left side of a product, and weights as the right one: `ss_windows` of gemm.h.
+
+    Attributes:
+        channels: of an image, and of the weights of one column.
+        a_taps, b_taps: where the taps of a window are, in images by place, and in the weights.
+        rows: where the windows begin.
+        places: of an image, or of all, side by side.
+    """
+
+    channels: int
+    a_taps: Numbers
+    b_taps: Numbers
+    rows: Digits
+    places: int
 
 
 @dataclass(frozen=True)
@@ -74,8 +108,9 @@ class Sides:
     Attributes:
         a, b: left and right.
         summed: the size of the dimension that both have.
-        frame: where the right one is read from a copy of it within zeros.
+        frame: where images are read from a copy of them within zeros.
         phase: which elements of a strided convolution's input the product is of, by dimension.
+        windows: where the left side is images; elsewhere the right one is, or neither.
     """
 
     a: Side
@@ -83,9 +118,17 @@ class Sides:
     summed: int
     frame: Frame | None = None
     phase: Numbers = ()
+    windows: Windows | None = None
+
+    @property
+    def images(self) -> Side:
+        """The side that is in a frame, if there is one."""
+        return self.b if self.windows is None else self.a
 
     def lists(self) -> dict[str, Digits]:
         """The dimensions that take several strides, by their names in an `ss_gemm`."""
+        if self.windows is not None:
+            return {}
         walked = {"a_sum": self.a.cols, "b_sum": self.b.rows, "b_cols": self.b.cols}
         return {name: digits for name, digits in walked.items() if stride_of(digits) is None}
 
@@ -110,6 +153,12 @@ def stride_of(digits: Digits) -> int | None:
     if len(digits) > 1:
         return None
     return digits[0][1] if digits else 0
+
+
+def positions(digits: Iterable[tuple[int, int]]) -> Numbers:
+    """Where each element of a dimension is, counted from the first."""
+    steps = (range(0, size * stride, stride) if stride else (0,) * size for size, stride in digits)
+    return tuple(map(sum, itertools.product(*steps)))
 
 
 def count_of(digits: Digits) -> int:

@@ -32,9 +32,10 @@ from .convolutions import role_of, target_of
 from .library import bind_call, way_of
 from .nodes import Node, Work, normalize
 from .openmp import considerate
+from .packing import packed_bytes
 from .pages import fresh_pages
 from .products import TYPES, is_product, matrices_of, sides_of
-from .sides import DIGITS, Sides, Target, count_of, stride_of, written_out
+from .sides import DIGITS, Sides, Target, Windows, count_of, stride_of, written_out
 
 WORTH = 1 << 25  # FLOPs below which nothing is measured
 ROUNDS = 2  # that nobody disturbs
@@ -181,6 +182,17 @@ class _Digits(ctypes.Structure):
     _fields_ = [("size", ctypes.c_int64 * DIGITS), ("stride", ctypes.c_int64 * DIGITS)]
 
 
+class _Windows(ctypes.Structure):
+    """`ss_windows` of gemm.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("channels", "taps")),
+        *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("a_tap", "b_tap")),
+        ("rows", _Digits),
+        ("places", ctypes.c_int64),
+    ]
+
+
 class _Gemm(ctypes.Structure):
     """`ss_gemm` of gemm.h."""
 
@@ -192,6 +204,7 @@ class _Gemm(ctypes.Structure):
         ("grouping", ctypes.c_int),
         ("groups", ctypes.c_int64),
         *((name, ctypes.POINTER(_Digits)) for name in ("a_sum", "b_sum", "b_cols")),
+        ("windows", ctypes.POINTER(_Windows)),
         ("b_packed", ctypes.c_int),
     ]
 
@@ -223,7 +236,8 @@ def _runtime() -> ctypes.CDLL:
     """The hand-written kernels, without any generated ones."""
     library = ctypes.CDLL(str(build([]).path))
     library.ss_gemm_scratch.restype = ctypes.c_int64
-    library.ss_try_product.restype = library.ss_frame_run.restype = None
+    library.ss_try_product.restype = library.ss_gemm_pack.restype = None
+    library.ss_frame_run.restype = library.ss_frame_by_place.restype = None
     Pool.join(library)
     return library
 
@@ -239,34 +253,39 @@ class Trial:
         self.products = [
             _Product(s, target_of(node, role, s.phase), out.dtype, each) for s in products
         ]
-        frame, images = products[0].frame, products[0].b.ref
-        self.frame, self.room = None, 0
+        frame, images = products[0].frame, products[0].images.ref
+        self.frame, self.room, self.by_place = None, 0, False
         if frame is not None:
             self.frame = _Frame(images.dtype.itemsize, *frame.numbers(images))
             self.room = frame.nbytes(images)
+            self.by_place = frame.by_place
+        self.packed = max(map(packed_bytes, products))
         self.library, self.threads = _runtime(), torch.get_num_threads()
         share = max(self.library.ss_gemm_scratch(ctypes.byref(p.gemm)) for p in self.products)
         # Of huge pages, as in a step: scattered small ones compete for their places in the cache.
-        self.scratch = fresh_pages(self.room + share * self.threads)
+        self.scratch = fresh_pages(self.room + self.packed + share * self.threads)
         tensors = dict(zip(op.inputs, operands, strict=True))
         self.a, self.x = (tensors[v] for v in matrices_of(op)[:2])
         self.out = out
 
     def __call__(self) -> None:
         Pool.resize(self.threads)
-        images = self.x
+        images = _address(self.x)
         if self.frame is not None:
-            images = self.scratch
-            self.library.ss_frame_run(ctypes.byref(self.frame), _address(self.x), _address(images))
+            images = _address(self.scratch)
+            way = self.library.ss_frame_by_place if self.by_place else self.library.ss_frame_run
+            way(ctypes.byref(self.frame), _address(self.x), images)
+        packed, scratch = (_address(self.scratch, self.room + n) for n in (0, self.packed))
         for p in self.products:
+            sides = (images, _address(self.a)) if p.swapped else (_address(self.a), images)
+            left, right = (_plus(x, n) for x, n in zip(sides, p.offsets, strict=True))
+            gemm = ctypes.byref(p.gemm)
+            if self.packed:
+                self.library.ss_gemm_pack(gemm, right, packed)
+                right = packed
+            target, threads = ctypes.byref(p.target), ctypes.c_int64(self.threads)
             self.library.ss_try_product(
-                ctypes.byref(p.gemm),
-                _address(self.a, p.left),
-                _address(images, p.right),
-                _address(self.out),
-                ctypes.byref(p.target),
-                _address(self.scratch, self.room),
-                ctypes.c_int64(self.threads),
+                gemm, left, right, _address(self.out), target, scratch, threads
             )
 
 
@@ -278,12 +297,26 @@ class _Product:
         rows, cols, kind = count_of(a.rows), count_of(b.cols), list(TYPES).index(dtype)
         g = _Gemm(batch=count // (rows * cols), m=rows, n=cols, k=sides.summed, type=kind)
         g.a_batch, g.a_row, g.a_col = a.batch, stride_of(a.rows) or 0, stride_of(a.cols) or 0
+        self.swapped = sides.windows is not None
+        if sides.windows is not None:
+            g.batch, self.windows = 1, _windows(sides.windows)
+            g.windows, g.b_packed = ctypes.pointer(self.windows), packed_bytes(sides) > 0
         g.b_batch, g.b_row, g.b_col = b.batch, stride_of(b.rows) or 0, stride_of(b.cols) or 0
         for name, digits in sides.lists().items():
             setattr(g, name, ctypes.pointer(_Digits(*written_out(digits))))
         self.gemm = g
         self.target = _Target(kind, to.batch, to.row, to.offset, _Digits(*written_out(to.cols)))
-        self.left, self.right = (side.offset * dtype.itemsize for side in (a, b))
+        self.offsets = [side.offset * dtype.itemsize for side in (a, b)]
+
+
+def _windows(windows: Windows) -> _Windows:
+    taps = [(ctypes.c_int64 * len(t))(*t) for t in (windows.a_taps, windows.b_taps)]
+    rows = _Digits(*written_out(windows.rows))
+    return _Windows(windows.channels, len(windows.a_taps), *taps, rows, windows.places)
+
+
+def _plus(start: ctypes.c_void_p, offset: int) -> ctypes.c_void_p:
+    return ctypes.c_void_p((start.value or 0) + offset)
 
 
 def _address(tensor: torch.Tensor, offset: int = 0) -> ctypes.c_void_p:

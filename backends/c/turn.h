@@ -1,0 +1,127 @@
+/* Squares of words, turned in registers: SS_LANES vectors become as many, one of each lane. */
+#pragma once
+#include "gemm.h"
+#include "vector.h"
+
+#if defined(__AVX__) && SS_LANES >= 8
+#define TURNS 1
+#else
+#define TURNS 0
+#endif
+
+#if TURNS
+/* The same for eight vectors of eight, in place. */
+SS_INLINE void turn_eight(__m256 *r) {
+    __m256 t[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) { /* r[i + c]: words c and 4 + c of rows i .. i + 3 */
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m256 low = r[i], high = r[4 + i];
+        r[i] = _mm256_permute2f128_ps(low, high, 0x20);
+        r[4 + i] = _mm256_permute2f128_ps(low, high, 0x31);
+    }
+}
+#endif
+
+/* Lane l of vector c, which goes to out[c * stride], is lane c of v[l]. */
+SS_INLINE void turn_vectors(const ss_vf *v, float *out, int64_t stride) {
+#if SS_LANES == 16
+    __m512i r[16], t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32((__m512i)v[i], (__m512i)v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32((__m512i)v[i], (__m512i)v[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { /* r[4 q + i]: words 4 l + i of rows 4 q .. 4 q + 3 in lane l */
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        float *o = out + i * stride;
+        _mm512_storeu_ps(o, (__m512)_mm512_shuffle_i32x4(t[i], t[8 + i], 0x88));
+        _mm512_storeu_ps(o + 4 * stride, (__m512)_mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88));
+        _mm512_storeu_ps(o + 8 * stride, (__m512)_mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd));
+        _mm512_storeu_ps(o + 12 * stride, (__m512)_mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd));
+    }
+#elif TURNS
+    __m256 r[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) r[i] = (__m256)v[i];
+    turn_eight(r);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) _mm256_storeu_ps(out + i * stride, r[i]);
+#else
+    for (int c = 0; c < SS_LANES; c++)
+        for (int l = 0; l < SS_LANES; l++) out[c * stride + l] = v[l][c];
+#endif
+}
+
+/* Elements that are neighbours in memory, as words: f32; bf16 widened to it; or pairs of bf16, the
+ * second half of each being `next` elements further, or zero where `next` is. */
+typedef struct {
+    ss_type type;
+    int pairs;
+    int64_t next;
+} Words;
+
+/* `count` halves, and zeros behind them. */
+SS_INLINE ss_vu some_halves(const char *p, int64_t count) {
+#if SS_LANES == 16
+    return (ss_vu)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((1u << count) - 1, p));
+#else
+    ss_vh h = {0};
+    memcpy(&h, p, 2 * count);
+    return __builtin_convertvector(h, ss_vu);
+#endif
+}
+
+/* `count` words from p on, SS_LANES at most, and zeros behind them. */
+SS_INLINE ss_vf some_words(Words w, const char *p, int64_t count) {
+    if (w.type == SS_F32) {
+#if SS_LANES == 16
+        return (ss_vf)_mm512_maskz_loadu_ps((1u << count) - 1, p);
+#else
+        ss_vf v = {0};
+        memcpy(&v, p, 4 * count);
+        return v;
+#endif
+    }
+    if (!w.pairs) return (ss_vf)(some_halves(p, count) << 16);
+    const ss_vu low = some_halves(p, count);
+    return (ss_vf)(w.next ? low | some_halves(p + 2 * w.next, count) << 16 : low);
+}
+
+/* The square whose vector l is `count` words from p + l * step bytes on; zeros from vector `lanes` on. */
+SS_INLINE void turn_words(Words w, const char *p, int64_t step, int64_t lanes, int64_t count, float *out) {
+    ss_vf v[SS_LANES];
+    if (lanes >= SS_LANES) {
+#pragma GCC unroll 16
+        for (int l = 0; l < SS_LANES; l++) v[l] = some_words(w, p + l * step, count);
+    } else {
+        for (int l = 0; l < SS_LANES; l++)
+            v[l] = l < lanes ? some_words(w, p + l * step, count) : ss_vset(0.0f);
+    }
+    turn_vectors(v, out, SS_LANES);
+}
