@@ -7,9 +7,10 @@ channel + tap + image + place lead. So each of the three products needs no copy 
     grad of x[i, (n, p)]  = sum over (o, t)   weight[(o, t), i]    grad[(o, t reversed), (n, p)]
     grad of weight[o, (i, t)] = sum over (n, p)   grad[o, (n, p)]  x[(n, p), (i, t)]
 
-The first two are computed the other way round where windows have several taps: windows as rows of
-the left side, and the result turned. Then the frame holds the channels of a place side by side, and
-nothing is packed of it at all.
+Where windows have several taps, the frame holds the channels of a place side by side. The first
+two are then computed the other way round, with windows as rows of the left side, nothing of which
+is packed, and the result is turned. Of the third, columns are vectors of neighbouring channels,
+which are put in order afterwards.
 
 Where windows are several elements apart, an element of x meets only every so many taps: which ones,
 its phase says. So the gradient of x is one product a phase, and none multiplies the zeros that are
@@ -29,7 +30,19 @@ from typing import TYPE_CHECKING
 from shoestring.ir import Op, TensorType, Value
 
 from .layout import row_major
-from .sides import Frame, Numbers, Side, Sides, Target, Windows, count_of, positions, simplified
+from .sides import (
+    Digits,
+    Frame,
+    Numbers,
+    Order,
+    Side,
+    Sides,
+    Target,
+    Windows,
+    count_of,
+    positions,
+    simplified,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from .nodes import Node, Ref
@@ -38,6 +51,7 @@ FORWARD, BACKWARD = "aten.convolution.default", "aten.convolution_backward.defau
 SPATIAL = 3  # dimensions of every image here; those that it does not have are of size 1
 LEAST = 4  # channels in a row of the product; of fewer, the library makes more
 MANY = 32  # places of an image that fill the columns of a product
+LANES = 16  # neighbouring columns of a weight's gradient that are computed together
 PHASES = 9  # the most products that a gradient falls apart into
 
 
@@ -203,7 +217,7 @@ def _in_three(values: Sequence[int], fill: int) -> Numbers:
 def sides_of(node: Node, role: Role) -> tuple[Sides, ...]:
     """How both sides of a product are walked; of an input's gradient, phase by phase."""
     walks, images = _walks(node, role), node.refs[1]
-    by_place = role is not Role.WEIGHT and any(w.taps > 1 for walk in walks for w in walk)
+    by_place = any(w.taps > 1 for walk in walks for w in walk)
     frame, before = _frame(images, walks, by_place)
     along = _in_three(images.layout.strides, 0) if frame is None else frame.strides(images)
     return tuple(_sides(node, role, w, frame, before, along) for w in walks)
@@ -244,23 +258,51 @@ def _sides(
     phase = tuple(w.phase for w in walk)
     count = math.prod(w.places for w in walk)
     joined = simplified([images, *places])
-    if frame is not None and frame.by_place:
+    by_place = frame is not None and frame.by_place
+    if role is Role.WEIGHT:
+        over = [(w.places, step) for w, step, _ in dims]
+        a = Side(left, 0, (rows,), simplified([sums, *over]), start)
+        if by_place:
+            cols, order = _ordered(channels[0], taps)
+            b = Side(right, LANES, joined, cols, first)
+            return Sides(a, b, count_of(a.cols), frame, phase, order=order)
+        b = Side(right, 0, joined, simplified([channels, *taps]), first)
+        return Sides(a, b, count_of(a.cols), frame, phase)
+    if by_place:
         in_row = count if by_image(count) else count * right.shape[0]
         windows = Windows(shape[summed], positions(taps), positions(over), joined, in_row)
         a = Side(right, 0, joined, (channels,), first)
         b = Side(left, 0, (sums,), (rows,), start)
         return Sides(a, b, shape[summed] * len(windows.a_taps), frame, phase, windows)
-    window = simplified([channels, *taps])
-    if role is Role.WEIGHT:
-        over = [(w.places, step) for w, step, _ in dims]
-        b = Side(right, 0, joined, window, first)
-    elif by_image(count):
-        b = Side(right, images[1], window, simplified(places), first)
+    a = Side(left, 0, (rows,), simplified([sums, *over]), start)
+    walked = simplified([channels, *taps])
+    if by_image(count):
+        b = Side(right, images[1], walked, simplified(places), first)
     else:
-        b = Side(right, 0, window, joined, first)
-    summed_over = simplified([sums, *over])
-    a = Side(left, 0, (rows,), summed_over, start)
-    return Sides(a, b, count_of(summed_over), frame, phase)
+        b = Side(right, 0, walked, joined, first)
+    return Sides(a, b, count_of(a.cols), frame, phase)
+
+
+def _ordered(channels: int, taps: Sequence[tuple[int, int]]) -> tuple[Digits, Order]:
+    """The columns of the gradient of a weight, as vectors of what lies side by side in images.
+
+    Those are some channels of a tap; where there are few channels, all of a line of taps.
+    """
+    few, (count, step) = channels < LANES, taps[-1]
+    room = -(-channels // 2) * 2
+    if few and step <= room:
+        lanes = -(-((count - 1) * step + channels) // LANES) * LANES
+        vectors, along = list(taps[:-1]), step
+    else:
+        lanes, vectors, along = LANES, list(taps), 0
+    matrix = [n for n, _ in vectors]
+    strides = row_major((*matrix, lanes)).strides[:-1]
+    at = [(min(channels, LANES), 1), *zip(matrix, strides, strict=True)]
+    if along:
+        at.append((count, along))
+    groups = 1 if few else -(-channels // LANES)
+    order = Order(simplified(at), groups, channels * math.prod(n for n, _ in taps))
+    return simplified([*vectors, (lanes, 1)]), order
 
 
 def target_of(node: Node, role: Role, phase: Numbers) -> Target:

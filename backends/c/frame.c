@@ -63,45 +63,43 @@ void ss_frame_run(const ss_frame *f, const void *x, void *out) {
 
 enum { PARTS = 32 };
 
+/* Channels [first, all) of a line of places, and zeros up to channel `padded`, one by one. */
+#define CHANNELS(type)                                                                            \
+    static void channels_of_##type(const ss_frame *f, int64_t first, int64_t padded, const void *from, \
+                                   void *to) {                                                    \
+        const int64_t places = f->size[4], along = f->stride[4];                                  \
+        for (int64_t c = first; c < padded; c++) {                                                \
+            const type *restrict x = (const type *)from + c * f->stride[1];                       \
+            type *restrict out = (type *)to + c;                                                  \
+            if (c < f->size[1])                                                                   \
+                for (int64_t p = 0; p < places; p++) out[p * padded] = x[p * along];              \
+            else                                                                                  \
+                for (int64_t p = 0; p < places; p++) out[p * padded] = 0;                         \
+        }                                                                                         \
+    }
+CHANNELS(uint32_t)
+CHANNELS(uint16_t)
+
 /* A line of places, each with its channels from the first of them on: `x` is at the first place. */
 static void line(const ss_frame *f, const char *x, char *out) {
-    const int64_t size = f->itemsize, each = 4 / size, channels = f->size[1];
-    const int64_t words = (channels + each - 1) / each;
-    const int64_t step = f->stride[1] * size, along = f->stride[4] * size, wide = 4 * words;
-    const Words pair = {size == 4 ? SS_F32 : SS_BF16, 1, f->stride[1]}, single = {SS_BF16, 1, 0};
-    const int64_t whole = channels / each; /* words of which no half is missing */
-    float square[SS_LANES * SS_LANES];
+    const int64_t size = f->itemsize, each = 4 / size, step = f->stride[1] * size * each;
+    const int64_t words = (f->size[1] + each - 1) / each, wide = 4 * words;
+    const Words kind = {size == 4 ? ONE_F32 : TWO_HALVES, f->stride[1]};
     memset(out, 0, f->before[2] * wide);
     out += f->before[2] * wide;
-    for (int64_t c = 0; c < f->size[4]; c += SS_LANES) {
-        const int64_t places = f->size[4] - c < SS_LANES ? f->size[4] - c : SS_LANES;
-        const char *from = x + c * along;
-        char *to = out + c * wide;
-        for (int64_t w = 0; w < words; w += SS_LANES) {
-            const int64_t some = words - w < SS_LANES ? words - w : SS_LANES;
-            const int64_t lanes = whole - w < some ? whole - w : some;
-            const char *at = from + w * each * step;
-            if (along == size)
-                turn_words(pair, at, each * step, lanes, places, square);
-            else
-                for (int64_t p = 0; p < places; p++)
-                    for (int64_t l = 0; l < lanes; l++)
-                        for (int64_t e = 0; e < each; e++)
-                            memcpy((char *)(square + p * SS_LANES + l) + e * size,
-                                   at + (l * each + e) * step + p * along, size);
-            for (int64_t l = lanes; l < some; l++)
-                for (int64_t p = 0; p < places; p++) {
-                    const ss_vf last = some_words(single, at + l * each * step + p * along, 1);
-                    square[p * SS_LANES + l] = last[0];
-                }
-            if (some == SS_LANES)
-                for (int64_t p = 0; p < places; p++)
-                    memcpy(to + p * wide + 4 * w, square + p * SS_LANES, 4 * SS_LANES);
-            else
-                for (int64_t p = 0; p < places; p++)
-                    memcpy(to + p * wide + 4 * w, square + p * SS_LANES, 4 * some);
+    int64_t w = 0;
+    for (; f->stride[4] == 1 && w + SS_LANES <= f->size[1] / each; w += SS_LANES)
+        for (int64_t c = 0; c < f->size[4]; c += SS_LANES) {
+            float square[SS_LANES * SS_LANES];
+            const int64_t places = f->size[4] - c < SS_LANES ? f->size[4] - c : SS_LANES;
+            turn_words(kind, x + c * size + w * step, step, SS_LANES, places, square);
+            for (int64_t p = 0; p < places; p++)
+                memcpy(out + (c + p) * wide + 4 * w, square + p * SS_LANES, 4 * SS_LANES);
         }
-    }
+    if (size == 4)
+        channels_of_uint32_t(f, w, words, x, out);
+    else
+        channels_of_uint16_t(f, 2 * w, 2 * words, x, out);
     out += f->size[4] * wide;
     memset(out, 0, (f->framed[2] - f->before[2] - f->size[4]) * wide);
 }

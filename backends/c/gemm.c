@@ -13,9 +13,9 @@
  * threads.
  *
  * Where one stride does not lead along a dimension, it has digits, and packing goes by lists of
- * positions made from them. Windows of images are rows of A that no one packs: each row begins
- * somewhere, and one list says where the elements are from there. So neighbouring windows share what
- * they have in common in the cache. C is turned before it is handed over.
+ * positions made from them. A needs no packing even so: each row begins somewhere, and one list says
+ * where the elements are from there. So windows of images share in the cache what they have in common.
+ * C is then turned before it is handed over.
  *
  * A `unit` is what one lane of a multiply-add takes of K: one f32, or a pair of bf16 where the
  * machine multiplies pairs. bf16 elsewhere is widened to f32 while packing.
@@ -78,10 +78,10 @@ static int64_t even(int64_t size, int64_t limit, int64_t unit) {
 
 /* -- the tile ----------------------------------------------------------------------------------- */
 
-/* How rows of A lie: in memory, or packed, or in windows. */
-enum { APART, PACKED, WINDOWS };
+/* How rows of A lie: in memory, or packed, or as two lists say. */
+enum { APART, PACKED, LISTED };
 
-/* Rows of A, counted in bytes: unit k of row i is at p + i * row + 4 * k; of a window it is at
+/* Rows of A, counted in bytes: unit k of row i is at p + i * row + 4 * k; of a listed one it is at
  * p + row * places[i] + units[k]. */
 typedef struct {
     const char *p;
@@ -118,13 +118,13 @@ SS_INLINE void tile_body(const int vecs, const int pairs, const int how, int add
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) {
         const int64_t row = least(i, rows - 1);
-        at[i] = how == PACKED ? a.p + 4 * i : a.p + (how == WINDOWS ? a.places[row] : row) * a.row;
+        at[i] = how == PACKED ? a.p + 4 * i : a.p + (how == LISTED ? a.places[row] : row) * a.row;
 #pragma GCC unroll 3
         for (int v = 0; v < vecs; v++) acc[i][v] = ss_vset(0.0f);
     }
     const int64_t step = how == PACKED ? 4 * ROWS : 4;
     for (int64_t k = 0; k < units; k++) {
-        const int64_t unit = how == WINDOWS ? a.units[k] : k * step;
+        const int64_t unit = how == LISTED ? a.units[k] : k * step;
         ss_vf b[VECS];
 #pragma GCC unroll 3
         for (int v = 0; v < vecs; v++) b[v] = ss_vload(panel + k * cols + v * SS_LANES);
@@ -236,6 +236,13 @@ static int64_t batches(const ss_gemm *g) {
     return g->a_batch == 0 && g->grouping == SS_UNGROUPED ? g->batch : 1;
 }
 
+/* Whether the units of listed rows of A are words of memory. */
+static int whole_units(const ss_gemm *g, int pairs) {
+    if (g->type == SS_F32 || g->windows) return g->type == SS_F32 || pairs;
+    const int last = SS_DIGITS - 1;
+    return pairs && g->a_sum->stride[last] == 1 && g->a_sum->size[last] % 2 == 0;
+}
+
 static Shape shape_of(const ss_gemm *g) {
     Shape s = {.g = g, .amx = use_amx(g), .rows = ROWS, .cols = COLS};
     s.pairs = s.amx || (PAIRS && g->type == SS_BF16);
@@ -246,19 +253,23 @@ static Shape shape_of(const ss_gemm *g) {
     const int even = g->k % 2 == 0 && g->grouping != SS_GROUPS_OF_SUM;
     s.direct = g->a_col == 1 && !g->a_sum && (g->type == SS_F32 || (s.pairs && even));
     s.direct = s.direct && (s.amx ? s.width == s.units : g->m <= FEW || batches(g) * g->n < REUSED);
-    if (g->windows) s.direct = !s.amx && (g->type == SS_F32 || s.pairs);
+    const int reused = !g->windows && SS_LANES == 8; /* packed rows are read faster there */
+    if (g->windows || g->a_sum) s.direct = !s.amx && !reused && whole_units(g, s.pairs);
     s.mc = least(MC / s.rows, blocks(g->m, s.rows)) * s.rows;
-    const int64_t fit = TILES / (4 * s.mc * s.cols), all = batches(g) * blocks(g->n, s.cols);
+    const int64_t one = blocks(g->n, s.cols), all = batches(g) * one;
+    if (g->order) s.mc = most(1, least(s.mc, TILES / (4 * one * s.cols)) / s.rows) * s.rows;
+    const int64_t fit = TILES / (4 * s.mc * s.cols);
     s.panels = most(1, least(s.width <= KC ? least(fit, GROUP) : fit, all));
+    if (g->order) s.panels = least(all, most(1, s.direct ? 1 : fit / one) * one);
     return s;
 }
 
 static int64_t panel_floats(const Shape *s) { return least(s->width, KC) * s->cols; }
 static int64_t tiles_floats(const Shape *s) { return s->panels * s->mc * s->cols; }
-/* Room for tiles turned: columns of C, of which there are `mc`, padded to vectors. */
-static int64_t turned_rows(const Shape *s) { return blocks(s->mc, SS_LANES) * SS_LANES; }
-static int64_t turned_floats(const Shape *s) {
-    return s->g->windows ? s->panels * s->cols * turned_rows(s) : 0;
+/* Room for tiles as they are handed over: turned, their `mc` columns padded to vectors, or in order. */
+static int64_t handed_floats(const Shape *s) {
+    if (s->g->windows) return s->panels * s->cols * blocks(s->mc, SS_LANES) * SS_LANES;
+    return s->g->order ? s->mc * s->g->order->each : 0;
 }
 /* A machine with tile registers packs the last rows, which are fewer than a tile, in any case. */
 static int64_t packed_floats(const Shape *s) {
@@ -268,7 +279,7 @@ static int64_t packed_floats(const Shape *s) {
 int64_t ss_gemm_scratch(const ss_gemm *g) {
     Shape s = shape_of(g);
     int64_t floats = GROUP * panel_floats(&s) + packed_floats(&s);
-    floats += tiles_floats(&s) + turned_floats(&s);
+    floats += tiles_floats(&s) + handed_floats(&s);
     return blocks(4 * floats, 64) * 64;
 }
 
@@ -278,7 +289,7 @@ typedef struct {
 } Part;
 
 /* A block of K: its units, these padded, and lists of where its elements are, if there are any; of
- * windows that are read where they are, how many bytes the units are from where one begins. */
+ * listed rows that are read where they are, how many bytes the units are from where one begins. */
 typedef struct {
     int64_t u, units, wide;
     Sum a, b;
@@ -313,7 +324,11 @@ static void start_block(const Shape *s, Source left, Source right, int64_t u, Bl
         return;
     }
     const int64_t elements = least(each * k->units, s->k - each * u);
-    if (listed(left)) list_sum(left, each * u, elements, k->units, s->pairs, &k->a);
+    if (listed(left)) {
+        list_sum(left, each * u, elements, k->units, s->pairs, &k->a);
+        for (int64_t i = 0; s->direct && i < k->units; i++)
+            k->bytes[i] = k->a.at[each * i] * (left.type == SS_F32 ? 4 : 2);
+    }
     if (listed(right)) list_sum(right, each * u, elements, k->units, s->pairs, &k->b);
 }
 
@@ -411,12 +426,12 @@ static void multiply(const Shape *s, Source a, const float *packed, const int64_
         return;
     }
 #endif
-    const int how = !s->direct ? PACKED : s->g->windows ? WINDOWS : APART;
+    const int how = !s->direct ? PACKED : listed(a) ? LISTED : APART;
     const Tile tile = TILE_OF[blocks(cols, SS_LANES) - 1][s->pairs][how];
     for (int64_t r = 0; r < rows; r += ROWS) {
         Rows source = {(const char *)(packed + r * k->units)};
         if (how == APART) source = (Rows){direct + r * stride, stride};
-        if (how == WINDOWS) source = (Rows){a.p, size, at + r, k->bytes};
+        if (how == LISTED) source = (Rows){a.p, size, at + r, k->bytes};
         const Tiles to = {tiles.p + r * tiles.stride, tiles.stride};
         tile(k->u > 0, k->units, least(ROWS, rows - r), source, panel, s->cols, to);
     }
@@ -448,6 +463,27 @@ static void finish_turned(const Shape *s, const Part *p, int64_t i, int64_t rows
         const Source rowwise = {(const char *)(tiles.p + r * tiles.stride), SS_F32, 1, tiles.stride};
         pack(rowwise, 0, cols, cols, 0, some, width, 0, turned);
         s->g->finish(buffers, image, j, place, cols, some, turned, width);
+    }
+}
+
+/* The same of columns in another order: matrix by matrix. */
+static void finish_ordered(const Shape *s, const Part *p, int64_t i, int64_t rows, int64_t from,
+                           int64_t count, Tiles tiles, float *ordered, void *const *buffers) {
+    enum { SOME = 64 };
+    const ss_order *o = s->g->order;
+    const int64_t one = blocks(s->g->n, s->cols);
+    for (int64_t q = 0; q < count; q += one) {
+        const int64_t first = (p->first + (from + q) / one) * o->each, cols = least(o->each, o->all - first);
+        const float *tile = tiles.p + q * s->cols;
+        for (int64_t c = 0; c < cols; c += SOME) {
+            int64_t at[SOME];
+            const int64_t some = least(SOME, cols - c);
+            list(&o->at, 0, c, some, at);
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t j = 0; j < some; j++)
+                    ordered[r * cols + c + j] = tile[r * tiles.stride + at[j]];
+        }
+        s->g->finish(buffers, 0, i, first, rows, cols, ordered, cols);
     }
 }
 
@@ -483,8 +519,11 @@ static void product(const Shape *s, Source left, Source right, int64_t step, Par
                 }
             }
             if (s->units == 0) memset(tiles.p, 0, 4 * tiles_floats(s));
+            float *handed = tiles.p + tiles_floats(s);
             if (w)
-                finish_turned(s, &p, i, rows, from, count, tiles, tiles.p + tiles_floats(s), buffers);
+                finish_turned(s, &p, i, rows, from, count, tiles, handed, buffers);
+            else if (s->g->order)
+                finish_ordered(s, &p, i, rows, from, count, tiles, handed, buffers);
             else
                 finish(s, &p, i, rows, from, count, tiles, buffers);
         }
@@ -559,7 +598,7 @@ static double part_cost(const Shape *s, int64_t rows, int64_t cols) {
  * that takes much less time, given that each part packs its rows of A and its columns of B itself. */
 static Cut cut(const Shape *s, int64_t parts, int64_t threads) {
     const ss_gemm *g = s->g;
-    const int64_t high = blocks(g->m, s->rows), wide = blocks(g->n, s->cols);
+    const int64_t high = blocks(g->m, s->rows), wide = g->order ? 1 : blocks(g->n, s->cols);
     const int64_t deep = most(1, batches(g) / parts), groups = blocks(g->batch, deep);
     const int64_t each = least(blocks(parts, groups), high * wide);
     const int64_t needed = least(blocks(threads, groups), each);
@@ -569,7 +608,7 @@ static Cut cut(const Shape *s, int64_t parts, int64_t threads) {
         for (int64_t down = 1; down <= least(high, blocks(each, across)); down++) {
             Cut c = {.groups = groups, .deep = deep};
             c.high = blocks(high, down) * s->rows;
-            c.wide = blocks(wide, across) * s->cols;
+            c.wide = g->order ? g->n : blocks(wide, across) * s->cols;
             c.down = blocks(g->m, c.high);
             c.across = blocks(g->n, c.wide);
             if (c.down * c.across < needed && down * across < each) continue;

@@ -33,6 +33,13 @@ typedef struct {
     int64_t places;                     /* of an image */
 } ss_windows;
 
+/* Columns of B in another order than those of C, which has `all` of them: the first matrix of the
+ * batch has the first `each`, the next those behind them. Column j of C is column `at[j]` of B. */
+typedef struct {
+    ss_digits at;
+    int64_t each, all;
+} ss_order;
+
 /* C[m,n] = A[m,k] B[k,n], `batch` times. Strides count elements. */
 typedef struct {
     int64_t batch, m, n, k;
@@ -45,6 +52,7 @@ typedef struct {
     const ss_digits *a_sum;             /* instead of a_col, or 0 */
     const ss_digits *b_sum, *b_cols;    /* instead of b_row and b_col, or 0 */
     const ss_windows *windows;          /* instead of strides of A, or 0 */
+    const ss_order *order;              /* of one left side with many right ones, or 0 */
     int b_packed;                       /* whether B is as `ss_gemm_pack` wrote it */
 } ss_gemm;
 

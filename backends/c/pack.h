@@ -25,6 +25,11 @@ typedef struct {
 /* Whether one has to be told where its elements are. */
 static int listed(Source s) { return s.k || s.j || s.windows; }
 
+/* What a lane of a unit is made of. */
+SS_INLINE ss_word word_of(Source s, int pairs) {
+    return s.type == SS_F32 ? ONE_F32 : pairs ? TWO_HALVES : ONE_HALF;
+}
+
 /* How many of the positions from `at` on are neighbours in memory, up to `limit`. */
 SS_INLINE int64_t neighbours(const int64_t *at, int64_t limit) {
     int64_t n = 1;
@@ -32,11 +37,8 @@ SS_INLINE int64_t neighbours(const int64_t *at, int64_t limit) {
     return n;
 }
 
-/* What a lane of a unit is made of. */
-enum { ONE_F32, ONE_HALF, TWO_HALVES };
-
 /* The element `at`, or it and the element `next`, which is a zero where it is not `paired`. */
-SS_INLINE float lane(const char *p, const int kind, int64_t at, int64_t next, int paired) {
+SS_INLINE float lane(const char *p, const ss_word kind, int64_t at, int64_t next, int paired) {
     if (kind == ONE_F32) return ((const float *)p)[at];
     const uint16_t *halves = (const uint16_t *)p;
     const uint32_t high = kind == ONE_HALF ? halves[at] : paired ? halves[next] : 0;
@@ -49,8 +51,7 @@ SS_INLINE float lane(const char *p, const int kind, int64_t at, int64_t next, in
 /* One unit of one lane; what lies beyond K is zero. */
 SS_INLINE float unit(Source s, int64_t u, int64_t j, int64_t k_end, int pairs) {
     const int64_t k = pairs ? 2 * u : u, at = k * s.k_stride + j * s.j_stride;
-    const int kind = s.type == SS_F32 ? ONE_F32 : pairs ? TWO_HALVES : ONE_HALF;
-    return lane(s.p, kind, at, at + s.k_stride, k + 1 < k_end);
+    return lane(s.p, word_of(s, pairs), at, at + s.k_stride, k + 1 < k_end);
 }
 
 /* One vector of lanes of unit `u`, where lanes are contiguous in memory. */
@@ -234,7 +235,7 @@ static void list_sum(Source s, int64_t from, int64_t elements, int64_t units, in
 }
 
 /* Unit `u` of lanes which are neighbours in memory. */
-SS_INLINE void across(const char *p, const int kind, const Sum *k, int64_t u, int64_t j, const int lanes,
+SS_INLINE void across(const char *p, const ss_word kind, const Sum *k, int64_t u, int64_t j, const int lanes,
                       float *out) {
     const int64_t i = kind == TWO_HALVES ? 2 * u : u;
     const int paired = kind == TWO_HALVES && i + 1 < k->elements;
@@ -257,7 +258,7 @@ SS_INLINE void across(const char *p, const int kind, const Sum *k, int64_t u, in
 #if TURNS
 /* All units of at most eight lanes, eight at a time where they are neighbours in memory and a row of
  * the panel has `room` for so many lanes or no others. */
-SS_INLINE void listed_along(Source s, const int kind, const Sum *k, const int64_t *js, int64_t lanes,
+SS_INLINE void listed_along(Source s, const ss_word kind, const Sum *k, const int64_t *js, int64_t lanes,
                             int64_t room, int64_t width, float *out) {
     const int squares = room >= 8 || room == width;
     const int64_t each = kind == TWO_HALVES ? 2 : 1, many = 8 * each;
@@ -277,10 +278,27 @@ SS_INLINE void listed_along(Source s, const int kind, const Sum *k, const int64_
 }
 #endif
 
-SS_INLINE void pack_kind(Source s, const int kind, const Sum *k, const int64_t *js, int64_t count,
+/* How many vectors of neighbours the first columns are. */
+SS_INLINE int64_t whole_vectors(const int64_t *js, int64_t count) {
+    int64_t v = 0;
+    while ((v + 1) * SS_LANES <= count && neighbours(js + v * SS_LANES, SS_LANES) == SS_LANES) v++;
+    return v;
+}
+
+SS_INLINE void pack_kind(Source s, const ss_word kind, const Sum *k, const int64_t *js, int64_t count,
                          int64_t width, float *out) {
     enum { FEW = 4, SOME = SS_LANES > 8 ? 8 : FEW };
-    for (int64_t j = 0, lanes; j < count; j += lanes) {
+    const int64_t vectors = whole_vectors(js, count), each = kind == TWO_HALVES ? 2 : 1;
+    for (int64_t u = 0; vectors && u < k->units; u++) {
+        const int64_t *at = k->at + each * u;
+        const int paired = each == 2 && 2 * u + 1 < k->elements;
+        const Words words = {each == 2 && !paired ? LOW_HALF : kind, paired ? at[1] - at[0] : 0};
+        for (int64_t v = 0; v < vectors; v++) {
+            const char *p = s.p + (at[0] + js[v * SS_LANES]) * (kind == ONE_F32 ? 4 : 2);
+            ss_vstore(out + u * width + v * SS_LANES, some_words(words, p, SS_LANES));
+        }
+    }
+    for (int64_t j = vectors * SS_LANES, lanes; j < count; j += lanes) {
         const int64_t run = neighbours(js + j, least(SS_LANES, count - j));
         float *o = out + j;
         lanes = run == SS_LANES ? run : run >= SOME ? SOME : run >= FEW ? FEW : 1;
@@ -311,9 +329,10 @@ SS_INLINE void pack_kind(Source s, const int kind, const Sum *k, const int64_t *
 /* As pack, element (k, j) being at k->at[k] + js[j]. */
 static void pack_listed(Source s, const Sum *k, const int64_t *js, int64_t count, int64_t width, int pairs,
                         float *out) {
-    if (s.type == SS_F32)
+    const ss_word kind = word_of(s, pairs);
+    if (kind == ONE_F32)
         pack_kind(s, ONE_F32, k, js, count, width, out);
-    else if (pairs)
+    else if (kind == TWO_HALVES)
         pack_kind(s, TWO_HALVES, k, js, count, width, out);
     else
         pack_kind(s, ONE_HALF, k, js, count, width, out);
@@ -329,7 +348,8 @@ static void pack_taps(Source s, int64_t u0, int64_t units, int64_t j0, int64_t c
         const int64_t *tap = w->b_tap + (u0 + u) % w->taps;
         const int64_t left = least(end, w->b_tap + w->taps - tap);
         for (taps = 1; taps < left && tap[taps] - tap[0] < SS_LANES; taps++) {}
-        const Words words = {s.type, pairs, channel + 1 < w->channels ? s.k_stride : 0};
+        const int alone = pairs && channel + 1 == w->channels;
+        const Words words = {alone ? LOW_HALF : word_of(s, pairs), s.k_stride};
         const char *p = s.p + (channel * s.k_stride + j0 * s.j_stride + tap[0]) * size;
         for (int64_t j = 0; j < width; j += SS_LANES) {
             float square[SS_LANES * SS_LANES];

@@ -98,9 +98,12 @@ class ProductWriter(KernelWriter):
     def _thread_bytes(self, sides: Sides) -> int:
         """Scratch of one thread."""
         rows, cols = self.sizes["row"], self.sizes["batch"] * (self._columns + COLS)
-        if sides.windows is None:
+        if sides.windows is not None:
+            return scratch_of(count_of(sides.a.rows), rows + COLS, sides.summed, turned=True)
+        if sides.order is None:
             return scratch_of(rows, cols, sides.summed)
-        return scratch_of(count_of(sides.a.rows), rows + COLS, sides.summed, turned=True)
+        one = count_of(sides.b.cols) + COLS
+        return scratch_of(rows, sides.order.matrices * one, sides.summed, one, turned=True)
 
     @property
     def _columns(self) -> int:
@@ -161,17 +164,24 @@ class ProductWriter(KernelWriter):
             return self._windows(sides, sides.windows)
         grouping, count = grouping_of(self.product.node.op)
         groups = f"        {grouping}, {count},\n" if count else ""
-        matrices, rows = self.sizes["batch"], self.sizes["row"]
-        a, b = sides.a, sides.b
+        matrices, rows, columns = self.sizes["batch"], self.sizes["row"], self._columns
+        a, b, order = sides.a, sides.b, sides.order
         lists, named = "", ""
         for name, digits in sides.lists().items():
             lists += f"    static const ss_digits {name} = {_digits(digits)};  // sizes, strides\n"
             named += f"        .{name} = &{name},\n"
+        if order is not None:
+            matrices, columns = order.matrices, count_of(b.cols)
+            lists += (
+                f"    static const ss_order order = {{{_digits(order.at)},"
+                f" {count_of(order.at)}, {order.count}}};  // of columns\n"
+            )
+            named += "        .order = &order,\n"
         if is_packed(b.ref):
             named += "        .b_packed = 1,  // by ss_gemm_pack\n"
         return (
             f"{lists}    static const ss_gemm g = {{\n"
-            f"        {matrices}, {rows}, {self._columns}, {sides.summed},"
+            f"        {matrices}, {rows}, {columns}, {sides.summed},"
             f" {TYPES[a.ref.dtype]},  // matrices, rows, columns, summed\n"
             f"        {_strides(a)},  // A\n"
             f"        {_strides(b)},  // B\n"
@@ -181,7 +191,6 @@ class ProductWriter(KernelWriter):
 
     def _windows(self, sides: Sides, windows: Windows) -> str:
         packed = "        .b_packed = 1,\n" if packed_bytes(sides) else ""
-        sizes, strides = map(_numbers, written_out(windows.rows))
         a_taps, b_taps = (", ".join(map(str, t)) or "0" for t in (windows.a_taps, windows.b_taps))
         kind = TYPES[sides.a.ref.dtype]
         return (
@@ -189,7 +198,7 @@ class ProductWriter(KernelWriter):
             f"    static const ss_windows windows = {{\n"
             f"        {windows.channels}, {len(windows.a_taps)}, a_taps, b_taps,"
             f"  // channels, taps of a window\n"
-            f"        {{{sizes}, {strides}}}, {windows.places},"
+            f"        {_digits(windows.rows)}, {windows.places},"
             f"  // where windows begin, how many make a row of the result\n"
             f"    }};\n"
             f"    static const ss_gemm g = {{\n"
@@ -203,21 +212,22 @@ class ProductWriter(KernelWriter):
         )
 
 
-def scratch_of(rows: int, cols: int, summed: int, turned: bool = False) -> int:
+def scratch_of(rows: int, cols: int, summed: int, least: int = COLS, turned: bool = False) -> int:
     """Bytes that one thread of `ss_gemm_run` needs at most, on any machine.
 
     Args:
         rows: of one product.
         cols: of all products that have one left side, each with its columns rounded up by `COLS`.
         summed: the size of the dimension that is summed up.
-        turned: whether the result is handed over turned.
+        least: columns of which the tiles are in memory together in any case.
+        turned: whether the result is handed over turned or in another order.
     """
     block = min(summed + ROWS, KC)
     rows = min(MC, rows + ROWS)
-    fit = max(COLS, min(cols, TILES // (4 * rows)))
-    wait = fit if summed + ROWS > KC else min(fit, GROUP * COLS)  # for the next block of K
-    tiles = rows * wait + (rows + ROWS) * wait * turned
-    return 4 * (GROUP * COLS * block + tiles + rows * block) + 64
+    wait = cols if summed + ROWS > KC else min(cols, max(least, GROUP * COLS))
+    tiles = max(min(TILES // 4, rows * wait), min(rows, ROWS) * least)
+    handed = (tiles + tiles // rows * ROWS) * turned
+    return 4 * (GROUP * COLS * block + tiles + handed + rows * block) + 64
 
 
 def _plus(elements: int, ref: Ref) -> str:

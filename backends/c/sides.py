@@ -102,6 +102,21 @@ class Windows:
 
 
 @dataclass(frozen=True)
+class Order:
+    """Right sides whose columns are in another order than the result's: `ss_order` of gemm.h.
+
+    Attributes:
+        at: where each column of the result is, within a matrix.
+        matrices: into which the columns fall.
+        count: all columns of the result.
+    """
+
+    at: Digits
+    matrices: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Sides:
     """A product's operands.
 
@@ -111,6 +126,7 @@ class Sides:
         frame: where images are read from a copy of them within zeros.
         phase: which elements of a strided convolution's input the product is of, by dimension.
         windows: where the left side is images; elsewhere the right one is, or neither.
+        order: of columns, where it is not the result's.
     """
 
     a: Side
@@ -119,6 +135,7 @@ class Sides:
     frame: Frame | None = None
     phase: Numbers = ()
     windows: Windows | None = None
+    order: Order | None = None
 
     @property
     def images(self) -> Side:

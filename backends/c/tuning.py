@@ -35,7 +35,7 @@ from .openmp import considerate
 from .packing import packed_bytes
 from .pages import fresh_pages
 from .products import TYPES, is_product, matrices_of, sides_of
-from .sides import DIGITS, Sides, Target, Windows, count_of, stride_of, written_out
+from .sides import DIGITS, Digits, Sides, Target, Windows, count_of, stride_of, written_out
 
 WORTH = 1 << 25  # FLOPs below which nothing is measured
 ROUNDS = 2  # that nobody disturbs
@@ -182,6 +182,10 @@ class _Digits(ctypes.Structure):
     _fields_ = [("size", ctypes.c_int64 * DIGITS), ("stride", ctypes.c_int64 * DIGITS)]
 
 
+def _digits(digits: Digits) -> _Digits:
+    return _Digits(*written_out(digits))
+
+
 class _Windows(ctypes.Structure):
     """`ss_windows` of gemm.h."""
 
@@ -191,6 +195,12 @@ class _Windows(ctypes.Structure):
         ("rows", _Digits),
         ("places", ctypes.c_int64),
     ]
+
+
+class _Order(ctypes.Structure):
+    """`ss_order` of gemm.h."""
+
+    _fields_ = [("at", _Digits), *((name, ctypes.c_int64) for name in ("each", "all"))]
 
 
 class _Gemm(ctypes.Structure):
@@ -205,6 +215,7 @@ class _Gemm(ctypes.Structure):
         ("groups", ctypes.c_int64),
         *((name, ctypes.POINTER(_Digits)) for name in ("a_sum", "b_sum", "b_cols")),
         ("windows", ctypes.POINTER(_Windows)),
+        ("order", ctypes.POINTER(_Order)),
         ("b_packed", ctypes.c_int),
     ]
 
@@ -297,21 +308,25 @@ class _Product:
         rows, cols, kind = count_of(a.rows), count_of(b.cols), list(TYPES).index(dtype)
         g = _Gemm(batch=count // (rows * cols), m=rows, n=cols, k=sides.summed, type=kind)
         g.a_batch, g.a_row, g.a_col = a.batch, stride_of(a.rows) or 0, stride_of(a.cols) or 0
+        if sides.order is not None:
+            order, each = sides.order, count_of(sides.order.at)
+            g.batch, self.order = order.matrices, _Order(_digits(order.at), each, order.count)
+            g.order = ctypes.pointer(self.order)
         self.swapped = sides.windows is not None
         if sides.windows is not None:
             g.batch, self.windows = 1, _windows(sides.windows)
             g.windows, g.b_packed = ctypes.pointer(self.windows), packed_bytes(sides) > 0
         g.b_batch, g.b_row, g.b_col = b.batch, stride_of(b.rows) or 0, stride_of(b.cols) or 0
         for name, digits in sides.lists().items():
-            setattr(g, name, ctypes.pointer(_Digits(*written_out(digits))))
+            setattr(g, name, ctypes.pointer(_digits(digits)))
         self.gemm = g
-        self.target = _Target(kind, to.batch, to.row, to.offset, _Digits(*written_out(to.cols)))
+        self.target = _Target(kind, to.batch, to.row, to.offset, _digits(to.cols))
         self.offsets = [side.offset * dtype.itemsize for side in (a, b)]
 
 
 def _windows(windows: Windows) -> _Windows:
     taps = [(ctypes.c_int64 * len(t))(*t) for t in (windows.a_taps, windows.b_taps)]
-    rows = _Digits(*written_out(windows.rows))
+    rows = _digits(windows.rows)
     return _Windows(windows.channels, len(windows.a_taps), *taps, rows, windows.places)
 
 

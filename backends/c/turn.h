@@ -78,11 +78,12 @@ SS_INLINE void turn_vectors(const ss_vf *v, float *out, int64_t stride) {
 #endif
 }
 
-/* Elements that are neighbours in memory, as words: f32; bf16 widened to it; or pairs of bf16, the
- * second half of each being `next` elements further, or zero where `next` is. */
+/* What a word is made of: an f32, a bf16 widened to it, two of bf16, or one and a zero. */
+typedef enum { ONE_F32, ONE_HALF, TWO_HALVES, LOW_HALF } ss_word;
+
+/* Words whose elements are neighbours in memory, the second halves of pairs `next` elements further. */
 typedef struct {
-    ss_type type;
-    int pairs;
+    ss_word kind;
     int64_t next;
 } Words;
 
@@ -99,7 +100,7 @@ SS_INLINE ss_vu some_halves(const char *p, int64_t count) {
 
 /* `count` words from p on, SS_LANES at most, and zeros behind them. */
 SS_INLINE ss_vf some_words(Words w, const char *p, int64_t count) {
-    if (w.type == SS_F32) {
+    if (w.kind == ONE_F32) {
 #if SS_LANES == 16
         return (ss_vf)_mm512_maskz_loadu_ps((1u << count) - 1, p);
 #else
@@ -108,9 +109,9 @@ SS_INLINE ss_vf some_words(Words w, const char *p, int64_t count) {
         return v;
 #endif
     }
-    if (!w.pairs) return (ss_vf)(some_halves(p, count) << 16);
     const ss_vu low = some_halves(p, count);
-    return (ss_vf)(w.next ? low | some_halves(p + 2 * w.next, count) << 16 : low);
+    if (w.kind == ONE_HALF) return (ss_vf)(low << 16);
+    return (ss_vf)(w.kind == LOW_HALF ? low : low | some_halves(p + 2 * w.next, count) << 16);
 }
 
 /* The square whose vector l is `count` words from p + l * step bytes on; zeros from vector `lanes` on. */
