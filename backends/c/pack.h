@@ -351,6 +351,15 @@ static void pack_taps(Source s, int64_t u0, int64_t units, int64_t j0, int64_t c
         const int alone = pairs && channel + 1 == w->channels;
         const Words words = {alone ? LOW_HALF : word_of(s, pairs), s.k_stride};
         const char *p = s.p + (channel * s.k_stride + j0 * s.j_stride + tap[0]) * size;
+        if (4 * taps <= SS_LANES) { /* to turn so few takes longer */
+            for (int64_t t = 0; t < taps; t++)
+                for (int64_t j = 0; j < width; j++) {
+                    const int64_t at = j * s.j_stride + tap[t] - tap[0];
+                    out[(u + t) * width + j] =
+                        j < count ? lane(p, word_of(s, pairs), at, at + s.k_stride, !alone) : 0.0f;
+                }
+            continue;
+        }
         for (int64_t j = 0; j < width; j += SS_LANES) {
             float square[SS_LANES * SS_LANES];
             turn_words(words, p + j * step, step, count - j, tap[taps - 1] - tap[0] + 1, square);
