@@ -53,12 +53,15 @@ class Peaks:
 
 
 def measure_peaks() -> Peaks:
-    """The rates of PyTorch's products (f32, bf16) and copies, each the best of a few tries."""
+    """The rates of PyTorch's products (f32, bf16, int8) and copies, each the best of a few."""
     flops: dict[torch.dtype, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(SIDE, SIDE, dtype=dtype), torch.ones(SIDE, SIDE, dtype=dtype)
         out = torch.empty(SIDE, SIDE, dtype=dtype)
         flops[dtype] = 2 * SIDE**3 / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
+    a = torch.ones(SIDE, SIDE, dtype=torch.int8)
+    sums = torch.empty(SIDE, SIDE, dtype=torch.int32)
+    flops[torch.int8] = 2 * SIDE**3 / _best(lambda: torch._int_mm(a, a, out=sums))
     source, target = torch.ones(COPIED, dtype=torch.uint8), torch.zeros(COPIED, dtype=torch.uint8)
     return Peaks(flops, 2 * COPIED / _best(lambda: target.copy_(source)))
 

@@ -17,8 +17,8 @@
  * where the elements are from there. So windows of images share in the cache what they have in common.
  * C is then turned before it is handed over.
  *
- * A `unit` is what one lane of a multiply-add takes of K: one f32, or a pair of bf16 where the
- * machine multiplies pairs. bf16 elsewhere is widened to f32 while packing.
+ * A `unit` is what one lane of a multiply-add takes of K: one f32, a pair of bf16 or four i8 where
+ * the machine multiplies those. bf16 elsewhere is widened to f32 while packing, i8 to pairs of i16.
  *
  * Source of the loop order: Goto and van de Geijn, "Anatomy of high-performance matrix
  * multiplication", ACM TOMS 34(3), 2008.
@@ -64,6 +64,13 @@ enum {
 #define PAIRS 0
 #endif
 
+/* i8 of a unit. Four are multiplied as i8 of A by u8 of B, which is 128 more than it should be. */
+#if (SS_LANES == 16 && defined(__AVX512VNNI__)) || (SS_LANES == 8 && defined(__AVXVNNI__))
+#define BYTES 4
+#else
+#define BYTES 2
+#endif
+
 static const double FEWER = 1.1; /* how much less time fewer parts must take */
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -89,17 +96,77 @@ typedef struct {
     const int64_t *places, *units;
 } Rows;
 
-SS_INLINE ss_vf multiply_add(const char *a, ss_vf b, ss_vf acc, const int pairs) {
+/* What units are: f32, pairs of bf16, i8 or what they are widened to. */
+enum { SINGLES, HALVES, INTEGERS };
+
+/* acc + a b of i8 and u8, or of i16, in i32. */
+SS_INLINE ss_vi multiply_add_integers(const char *a, ss_vi b, ss_vi acc) {
+    uint32_t word;
+    memcpy(&word, a, 4);
+#if BYTES == 4 && SS_LANES == 16
+    return (ss_vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)b, _mm512_set1_epi32(word));
+#elif BYTES == 4
+    return (ss_vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)b, _mm256_set1_epi32(word));
+#elif SS_LANES == 16
+    return acc + (ss_vi)_mm512_madd_epi16(_mm512_set1_epi32(word), (__m512i)b);
+#elif SS_LANES == 8
+    return acc + (ss_vi)_mm256_madd_epi16(_mm256_set1_epi32(word), (__m256i)b);
+#elif defined(__SSE2__)
+    return acc + (ss_vi)_mm_madd_epi16(_mm_set1_epi32(word), (__m128i)b);
+#else
+    return acc + (int16_t)word * (b << 16 >> 16) + (int16_t)(word >> 16) * (b >> 16);
+#endif
+}
+
+SS_INLINE ss_vf multiply_add(const char *a, ss_vf b, ss_vf acc, const int units) {
 #if PAIRS
-    if (pairs) {
-        int32_t word;
-        memcpy(&word, a, 4);
+    uint32_t word;
+    memcpy(&word, a, 4);
+    if (units == HALVES)
         return (ss_vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(word), (__m512bh)b);
-    }
 #endif
     float x;
     memcpy(&x, a, 4);
     return ss_vfma(ss_vset(x), b, acc);
+}
+
+#if BYTES == 4
+SS_INLINE ss_vi add_bytes(ss_vi sums, const char *p) {
+    const ss_vi ones = (ss_vi){0} + 0x01010101;
+    ss_vi v;
+    memcpy(&v, p, sizeof v);
+#if SS_LANES == 16
+    return (ss_vi)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)ones, (__m512i)v);
+#else
+    return (ss_vi)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)ones, (__m256i)v);
+#endif
+}
+#endif
+
+/* What rows of C are too much by where B is 128 more than it should be: 128 times the sum of A's row. */
+static __attribute__((noinline)) void excess(const char *const *rows, int packed, int64_t units,
+                                             int32_t *out) {
+#if BYTES == 4
+    const int64_t each = SS_LANES / ROWS, step = packed ? ROWS : 1; /* units of packed rows in a vector */
+    ss_vi sums = {0};
+    int64_t done = 0;
+    if (packed && SS_LANES % ROWS == 0)
+        for (; done + each <= units; done += each) sums = add_bytes(sums, rows[0] + 4 * ROWS * done);
+    for (int i = 0; i < ROWS; i++) {
+        int64_t k = done;
+        int32_t sum = 0;
+        if (packed) {
+            for (int l = i; l < SS_LANES; l += ROWS) sum += sums[l];
+        } else {
+            ss_vi own = {0};
+            for (; k + SS_LANES <= units; k += SS_LANES) own = add_bytes(own, rows[i] + 4 * k);
+            for (int l = 0; l < SS_LANES; l++) sum += own[l];
+        }
+        for (; k < units; k++)
+            for (int e = 0; e < 4; e++) sum += ((const int8_t *)rows[i])[4 * k * step + e];
+        out[i] = 128 * sum;
+    }
+#endif
 }
 
 /* A tile, or several side by side: the next row begins `stride` floats further. */
@@ -110,19 +177,27 @@ typedef struct {
 
 /* tile[ROWS, COLS] (+)= A[ROWS, units] * panel[units, COLS], the first `vecs` vectors of each row.
  * Each block of K is summed up by itself: a sum of 8192 terms in one go has several times the error.
- * Rows beyond `rows` repeat the last one. Constants after inlining: vecs, pairs, how. */
-SS_INLINE void tile_body(const int vecs, const int pairs, const int how, int add, int64_t units,
+ * Rows beyond `rows` repeat the last one. Constants after inlining: vecs, type, how. */
+SS_INLINE void tile_body(const int vecs, const int type, const int how, int add, int64_t units,
                          int64_t rows, Rows a, const float *panel, int64_t cols, Tiles tile) {
-    ss_vf acc[ROWS][VECS];
+    ss_vf acc[ROWS][VECS]; /* one of the two is used */
+    ss_vi sum[ROWS][VECS];
     const char *at[ROWS];
+    const int64_t step = how == PACKED ? 4 * ROWS : 4;
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) {
         const int64_t row = least(i, rows - 1);
         at[i] = how == PACKED ? a.p + 4 * i : a.p + (how == LISTED ? a.places[row] : row) * a.row;
-#pragma GCC unroll 3
-        for (int v = 0; v < vecs; v++) acc[i][v] = ss_vset(0.0f);
     }
-    const int64_t step = how == PACKED ? 4 * ROWS : 4;
+    int32_t more[ROWS] = {0};
+    if (type == INTEGERS && BYTES == 4) excess(at, how == PACKED, units, more);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 3
+        for (int v = 0; v < vecs; v++) {
+            acc[i][v] = ss_vset(0.0f);
+            sum[i][v] = (ss_vi){0} - more[i];
+        }
     for (int64_t k = 0; k < units; k++) {
         const int64_t unit = how == LISTED ? a.units[k] : k * step;
         ss_vf b[VECS];
@@ -132,7 +207,11 @@ SS_INLINE void tile_body(const int vecs, const int pairs, const int how, int add
         for (int i = 0; i < ROWS; i++) {
             const char *word = (how == PACKED ? at[0] + 4 * i : at[i]) + unit;
 #pragma GCC unroll 3
-            for (int v = 0; v < vecs; v++) acc[i][v] = multiply_add(word, b[v], acc[i][v], pairs);
+            for (int v = 0; v < vecs; v++)
+                if (type == INTEGERS)
+                    sum[i][v] = multiply_add_integers(word, (ss_vi)b[v], sum[i][v]);
+                else
+                    acc[i][v] = multiply_add(word, b[v], acc[i][v], type);
         }
     }
 #pragma GCC unroll 8
@@ -140,7 +219,10 @@ SS_INLINE void tile_body(const int vecs, const int pairs, const int how, int add
 #pragma GCC unroll 3
         for (int v = 0; v < vecs; v++) {
             float *out = tile.p + i * tile.stride + v * SS_LANES;
-            ss_vstore(out, add ? ss_vload(out) + acc[i][v] : acc[i][v]);
+            if (type == INTEGERS)
+                ss_vstore(out, (ss_vf)(add ? (ss_vi)ss_vload(out) + sum[i][v] : sum[i][v]));
+            else
+                ss_vstore(out, add ? ss_vload(out) + acc[i][v] : acc[i][v]);
         }
     }
 }
@@ -148,22 +230,22 @@ SS_INLINE void tile_body(const int vecs, const int pairs, const int how, int add
 typedef void (*Tile)(int add, int64_t units, int64_t rows, Rows a, const float *panel, int64_t cols,
                      Tiles tile);
 
-#define TILE(vecs, pairs, how)                                                                    \
-    static void tile_##vecs##pairs##how(int add, int64_t units, int64_t rows, Rows a,             \
-                                        const float *panel, int64_t cols, Tiles tile) {           \
-        tile_body(vecs, pairs, how, add, units, rows, a, panel, cols, tile);                      \
+#define TILE(vecs, type, how)                                                                     \
+    static void tile_##vecs##type##how(int add, int64_t units, int64_t rows, Rows a,              \
+                                       const float *panel, int64_t cols, Tiles tile) {            \
+        tile_body(vecs, type, how, add, units, rows, a, panel, cols, tile);                       \
     }
-#define HOWS(vecs, pairs) TILE(vecs, pairs, 0) TILE(vecs, pairs, 1) TILE(vecs, pairs, 2)
-#define TILES(vecs) HOWS(vecs, 0) HOWS(vecs, 1)
-#define NAMES(vecs, pairs) {tile_##vecs##pairs##0, tile_##vecs##pairs##1, tile_##vecs##pairs##2}
+#define HOWS(vecs, type) TILE(vecs, type, 0) TILE(vecs, type, 1) TILE(vecs, type, 2)
+#define TILES(vecs) HOWS(vecs, 0) HOWS(vecs, 1) TILE(vecs, 2, 0) TILE(vecs, 2, 1)
+#define NAMES(vecs, type) {tile_##vecs##type##0, tile_##vecs##type##1, tile_##vecs##type##2}
+#define TYPES(vecs) {NAMES(vecs, 0), NAMES(vecs, 1), {tile_##vecs##20, tile_##vecs##21}}
 TILES(1)
 TILES(2)
 #if SS_LANES == 8
-static const Tile TILE_OF[VECS][2][3] = {{NAMES(1, 0), NAMES(1, 1)}, {NAMES(2, 0), NAMES(2, 1)}};
+static const Tile TILE_OF[VECS][3][3] = {TYPES(1), TYPES(2)};
 #else
 TILES(3)
-static const Tile TILE_OF[VECS][2][3] = {
-    {NAMES(1, 0), NAMES(1, 1)}, {NAMES(2, 0), NAMES(2, 1)}, {NAMES(3, 0), NAMES(3, 1)}};
+static const Tile TILE_OF[VECS][3][3] = {TYPES(1), TYPES(2), TYPES(3)};
 #endif
 
 #if SS_AMX
@@ -203,7 +285,8 @@ static void amx_tile(int add, int64_t units, Rows a, const float *panel, Tiles t
 
 typedef struct {
     const ss_gemm *g;
-    int pairs, amx;
+    int pairs;                /* elements of a unit beside the first */
+    int amx;
     int direct;               /* whether A is read where it is */
     int64_t rows, cols;       /* of a tile, and of a panel */
     int64_t k, units, width;  /* what is summed up, the same in units, these padded */
@@ -245,13 +328,14 @@ static int whole_units(const ss_gemm *g, int pairs) {
 
 static Shape shape_of(const ss_gemm *g) {
     Shape s = {.g = g, .amx = use_amx(g), .rows = ROWS, .cols = COLS};
-    s.pairs = s.amx || (PAIRS && g->type == SS_BF16);
+    s.pairs = g->type == SS_I8 ? BYTES - 1 : s.amx || (PAIRS && g->type == SS_BF16);
     if (s.amx) s.rows = AMX_ROWS, s.cols = AMX_COLS;
     /* Two panels of two vectors take less time than one of three and one of one. */
     if (!s.amx && VECS == 3 && blocks(g->n, SS_LANES) == 4) s.cols = 2 * SS_LANES;
     s = of_length(s, g->k);
-    const int even = g->k % 2 == 0 && g->grouping != SS_GROUPS_OF_SUM;
-    s.direct = g->a_col == 1 && !g->a_sum && (g->type == SS_F32 || (s.pairs && even));
+    const int whole = g->k % (1 + s.pairs) == 0 && g->grouping != SS_GROUPS_OF_SUM;
+    const int words = g->type == SS_F32 || (whole && (1 + s.pairs) * size_of(g->type) == 4);
+    s.direct = g->a_col == 1 && !g->a_sum && words;
     s.direct = s.direct && (s.amx ? s.width == s.units : g->m <= FEW || batches(g) * g->n < REUSED);
     const int reused = !g->windows && SS_LANES == 8; /* packed rows are read faster there */
     if (g->windows || g->a_sum) s.direct = !s.amx && !reused && whole_units(g, s.pairs);
@@ -299,7 +383,7 @@ typedef struct {
 /* The units of windows, tap by tap of one channel after the other, of two where units are pairs. */
 static void list_windows(const Shape *s, Block *k) {
     const ss_windows *w = s->g->windows;
-    const int64_t each = 1 + s->pairs, size = s->g->type == SS_F32 ? 4 : 2;
+    const int64_t each = 1 + s->pairs, size = size_of(s->g->type);
     int64_t channel = k->u / w->taps * each, tap = k->u % w->taps;
     for (int64_t u = 0; u < k->units; u++) {
         const int64_t at = channel + w->a_tap[tap];
@@ -327,7 +411,7 @@ static void start_block(const Shape *s, Source left, Source right, int64_t u, Bl
     if (listed(left)) {
         list_sum(left, each * u, elements, k->units, s->pairs, &k->a);
         for (int64_t i = 0; s->direct && i < k->units; i++)
-            k->bytes[i] = k->a.at[each * i] * (left.type == SS_F32 ? 4 : 2);
+            k->bytes[i] = k->a.at[each * i] * size_of(left.type);
     }
     if (listed(right)) list_sum(right, each * u, elements, k->units, s->pairs, &k->b);
 }
@@ -401,6 +485,8 @@ static void pack_b(const Shape *s, Source b, int64_t step, const Part *p, int64_
             pack(b, k->u, k->units, s->k, at.j, at.cols, s->cols, s->pairs, out);
         }
     }
+    for (int64_t i = 0; BYTES == 4 && b.type == SS_I8 && i < count * floats; i += SS_LANES)
+        ss_vstore(panels + i, (ss_vf)((ss_vu)ss_vload(panels + i) ^ 0x80808080u));
 }
 
 /* Where panel `q` of a packed B begins: all panels of one block of K, then those of the next. */
@@ -411,7 +497,7 @@ static int64_t packed_at(const Shape *s, const Block *k, int64_t q) {
 /* tiles[rows, cols] (+)= A[rows, block of K] * panel. */
 static void multiply(const Shape *s, Source a, const float *packed, const int64_t *at, int64_t i,
                      int64_t rows, const Block *k, int64_t cols, const float *panel, Tiles tiles) {
-    const int64_t size = a.type == SS_F32 ? 4 : 2, stride = a.j_stride * size;
+    const int64_t size = size_of(a.type), stride = a.j_stride * size;
     const char *direct = a.p + i * stride + 4 * k->u;
 #if SS_AMX
     if (s->amx) {
@@ -427,7 +513,8 @@ static void multiply(const Shape *s, Source a, const float *packed, const int64_
     }
 #endif
     const int how = !s->direct ? PACKED : listed(a) ? LISTED : APART;
-    const Tile tile = TILE_OF[blocks(cols, SS_LANES) - 1][s->pairs][how];
+    const int type = a.type == SS_I8 ? INTEGERS : s->pairs ? HALVES : SINGLES;
+    const Tile tile = TILE_OF[blocks(cols, SS_LANES) - 1][type][how];
     for (int64_t r = 0; r < rows; r += ROWS) {
         Rows source = {(const char *)(packed + r * k->units)};
         if (how == APART) source = (Rows){direct + r * stride, stride};
@@ -561,7 +648,7 @@ static Source right_of(const ss_gemm *g, const void *p) {
 /* A part, group by group. */
 static void part(const Job *job, Part p, float *scratch) {
     const ss_gemm *g = job->s.g;
-    const int64_t size = g->type == SS_F32 ? 4 : 2, step = g->b_batch * size;
+    const int64_t size = size_of(g->type), step = g->b_batch * size;
     Source left = {job->a + p.first * g->a_batch * size, g->type, g->a_col, g->a_row, g->a_sum};
     left.windows = g->windows;
     Source right = right_of(g, job->b + p.first * step);

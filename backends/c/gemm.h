@@ -2,10 +2,10 @@
 #pragma once
 #include <stdint.h>
 
-typedef enum { SS_F32, SS_BF16 } ss_type;
+typedef enum { SS_F32, SS_BF16, SS_I8 } ss_type;
 
 /* One block of a finished product: `rows` x `cols` f32 at `tile`, `stride` floats a row, which is
- * C[row.., col..] of matrix number `batch`. */
+ * C[row.., col..] of matrix number `batch`; of i8, the bits of i32. */
 typedef void (*ss_finish)(void *const *b, int64_t batch, int64_t row, int64_t col, int64_t rows,
                           int64_t cols, const float *tile, int64_t stride);
 
@@ -43,7 +43,7 @@ typedef struct {
 /* C[m,n] = A[m,k] B[k,n], `batch` times. Strides count elements. */
 typedef struct {
     int64_t batch, m, n, k;
-    ss_type type;                       /* of A and B; products are summed in f32 */
+    ss_type type;                       /* of A and B; products are summed in f32, of i8 in i32 */
     int64_t a_batch, a_row, a_col;
     int64_t b_batch, b_row, b_col;
     ss_finish finish;                   /* stores a block of C */

@@ -22,6 +22,8 @@ typedef struct {
     const ss_windows *windows;   /* whose elements it has, or 0 */
 } Source;
 
+static int64_t size_of(ss_type type) { return type == SS_F32 ? 4 : type == SS_BF16 ? 2 : 1; }
+
 /* Whether one has to be told where its elements are. */
 static int listed(Source s) { return s.k || s.j || s.windows; }
 
@@ -48,15 +50,46 @@ SS_INLINE float lane(const char *p, const ss_word kind, int64_t at, int64_t next
     return x;
 }
 
+/* i8 from element `at` on, `step` apart, as one word: as they are, or widened to i16. */
+SS_INLINE uint32_t word_of_bytes(const int8_t *bytes, int64_t at, int64_t step, int64_t count) {
+    uint32_t word = 0;
+    for (int64_t e = 0; e < count; e++) {
+        const int8_t x = bytes[at + e * step];
+        word |= BYTES == 4 ? (uint32_t)(uint8_t)x << 8 * e : (uint32_t)(uint16_t)x << 16 * e;
+    }
+    return word;
+}
+
 /* One unit of one lane; what lies beyond K is zero. */
 SS_INLINE float unit(Source s, int64_t u, int64_t j, int64_t k_end, int pairs) {
+    if (s.type == SS_I8) {
+        const int64_t k = BYTES * u;
+        const uint32_t word = word_of_bytes(
+            (const int8_t *)s.p, k * s.k_stride + j * s.j_stride, s.k_stride, least(BYTES, k_end - k));
+        float x;
+        memcpy(&x, &word, 4);
+        return x;
+    }
     const int64_t k = pairs ? 2 * u : u, at = k * s.k_stride + j * s.j_stride;
     return lane(s.p, word_of(s, pairs), at, at + s.k_stride, k + 1 < k_end);
 }
 
+typedef int8_t Bytes __attribute__((vector_size(SS_LANES)));
+
 /* One vector of lanes of unit `u`, where lanes are contiguous in memory. */
 SS_INLINE ss_vf lanes(Source s, int64_t u, int64_t j, int64_t k_end, int pairs) {
     if (s.type == SS_F32) return ss_vload((const float *)s.p + u * s.k_stride + j);
+    if (s.type == SS_I8) {
+        const char *bytes = s.p + BYTES * u * s.k_stride + j;
+        ss_vi word = {0};
+        for (int64_t e = 0; e < BYTES && BYTES * u + e < k_end; e++) {
+            Bytes b;
+            memcpy(&b, bytes + e * s.k_stride, sizeof b);
+            const ss_vi x = __builtin_convertvector(b, ss_vi);
+            word |= BYTES == 4 ? (x & 0xff) << 8 * e : (x & 0xffff) << 16 * e;
+        }
+        return (ss_vf)word;
+    }
     const uint16_t *p = (const uint16_t *)s.p + j;
     if (!pairs) return ss_vload_bf16(p + u * s.k_stride);
     ss_vh low, high = {0};
@@ -69,6 +102,10 @@ SS_INLINE ss_vf lanes(Source s, int64_t u, int64_t j, int64_t k_end, int pairs) 
 SS_INLINE void rows_of(Source s, int64_t u, int64_t j, int64_t k_end, int pairs, float *out) {
     if (s.type == SS_F32) {
         memcpy(out, (const float *)s.p + u * s.k_stride + j, 4 * ROWS);
+        return;
+    }
+    if (s.type == SS_I8) {
+        for (int l = 0; l < ROWS; l++) out[l] = unit(s, u, j + l, k_end, pairs);
         return;
     }
     const int64_t k = pairs ? 2 * u : u;
@@ -90,6 +127,11 @@ SS_INLINE void turn(Source s, const int64_t *at, int pairs, float *out, int64_t 
     ss_vf r[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) {
+        if (s.type == SS_I8) {
+            r[i] = BYTES == 4 ? ss_vload((const float *)(s.p + at[i]))
+                              : (ss_vf)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)(s.p + at[i])));
+            continue;
+        }
         const uint16_t *halves = (const uint16_t *)s.p + at[i];
         r[i] = s.type == SS_F32 ? ss_vload((const float *)s.p + at[i])
                : pairs          ? ss_vload((const float *)halves)
@@ -103,6 +145,9 @@ SS_INLINE void turn(Source s, const int64_t *at, int pairs, float *out, int64_t 
 SS_INLINE __m256 eight(Source s, int64_t at, int pairs) {
     const uint16_t *halves = (const uint16_t *)s.p + at;
     if (s.type == SS_F32) return _mm256_loadu_ps((const float *)s.p + at);
+    if (s.type == SS_I8)
+        return BYTES == 4 ? _mm256_loadu_ps((const float *)(s.p + at))
+                          : (__m256)_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(s.p + at)));
     if (pairs) return _mm256_loadu_ps((const float *)halves);
     float wide[8];
     for (int i = 0; i < 8; i++) {
@@ -141,7 +186,7 @@ static void pack_along(Source s, int64_t u0, int64_t units, int64_t k_end, int64
                        int64_t width, int pairs, float *out) {
     int64_t at[8], u = 0;
     for (int64_t l = 0; l < 8; l++) at[l] = (j + least(l, lanes - 1)) * s.j_stride + u0 * (1 + pairs);
-    const int64_t size = s.type == SS_F32 ? 4 : 2, next = 8 * s.j_stride * size;
+    const int64_t size = size_of(s.type), next = 8 * s.j_stride * size;
     for (; u + 8 <= units; u += 8) {
         for (int64_t l = 0; l < 8; l++) __builtin_prefetch(s.p + at[l] * size + next);
         if (width == ROWS)
@@ -160,7 +205,7 @@ static void pack_along(Source s, int64_t u0, int64_t units, int64_t k_end, int64
  * memory. */
 static void pack_lanes(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j, int64_t count,
                        int64_t width, int64_t floats, int pairs, float *out) {
-    const int64_t each = (1 + pairs) * s.k_stride, size = s.type == SS_F32 ? 4 : 2;
+    const int64_t each = (1 + pairs) * s.k_stride, size = size_of(s.type);
     for (int64_t u = 0; u < units; u++) {
         const char *ahead = s.p + ((u0 + u + AHEAD) * each + j) * size;
         for (int64_t at = 0; at < count * width * size; at += 64) __builtin_prefetch(ahead + at);
@@ -193,7 +238,7 @@ static void pack(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0,
             for (int64_t u = 0; u < units; u++)
                 ss_vstore(out + u * width + j, lanes(s, u0 + u, j0 + j, k_end, pairs));
 #if TURNS
-    else if (s.k_stride == 1 && (!pairs || k_end % 2 == 0)) {
+    else if (s.k_stride == 1 && k_end % (1 + pairs) == 0) {
         for (; j + SS_LANES <= count; j += SS_LANES) {
             int64_t at[SS_LANES], u = 0;
             for (; u + SS_LANES <= units; u += SS_LANES) {

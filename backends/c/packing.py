@@ -16,7 +16,7 @@ from shoestring.ir import DTYPE_NAMES, Function, Op, Value
 from .claims import Claim
 from .convolutions import role_of
 from .layout import row_major
-from .products import COLS, GROUPED, TYPES, is_product, matrices_of
+from .products import COLS, FACTORS, GROUPED, is_product, matrices_of
 from .sides import ALIGNMENT, Sides, count_of
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def claim(node: Node) -> Claim | None:
     (summed, cols), (row, col) = side.shape, side.layout.strides
     body = f"""\
     static const ss_gemm g = {{
-        1, 1, {cols}, {summed}, {TYPES[side.dtype]},  // matrices, rows, columns, summed
+        1, 1, {cols}, {summed}, {FACTORS[side.dtype]},  // matrices, rows, columns, summed
         0, 0, 0,  // A
         0, {row}, {col},  // B
     }};

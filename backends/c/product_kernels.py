@@ -16,7 +16,7 @@ from .groups import Placed
 from .kernels import Kernel, KernelWriter, Loop
 from .nodes import Node, Ref
 from .packing import is_packed, packed_bytes
-from .products import AXES, COLS, COLUMNS, PHASES, TYPES, axes_of, grouping_of, sides_of
+from .products import AXES, COLS, COLUMNS, FACTORS, PHASES, axes_of, grouping_of, sides_of
 from .sides import Digits, Frame, Numbers, Side, Sides, Windows, count_of, stride_of, written_out
 
 GIVEN = "b, batch, r0, c0, rows, cols, tile, stride"  # to an `ss_finish`
@@ -47,7 +47,9 @@ class ProductWriter(KernelWriter):
     def _value(self, placed: Placed) -> str:
         if placed is not self.product:
             return super()._value(placed)
-        return rounded("tile[i * stride + j]", placed.node.outs[0].dtype)
+        dtype = placed.node.outs[0].dtype
+        text = "tile[i * stride + j]"
+        return f"(int32_t)ss_bits({text})" if dtype is torch.int32 else rounded(text, dtype)
 
     def _needed(self, roots: list[Placed], stage: int = 0) -> list[Placed]:
         """Everything but what was computed before the loops: all leads to a store."""
@@ -182,7 +184,7 @@ class ProductWriter(KernelWriter):
         return (
             f"{lists}    static const ss_gemm g = {{\n"
             f"        {matrices}, {rows}, {columns}, {sides.summed},"
-            f" {TYPES[a.ref.dtype]},  // matrices, rows, columns, summed\n"
+            f" {FACTORS[a.ref.dtype]},  // matrices, rows, columns, summed\n"
             f"        {_strides(a)},  // A\n"
             f"        {_strides(b)},  // B\n"
             f"        {self._store_of(sides)},\n{groups}{named}"
@@ -192,7 +194,7 @@ class ProductWriter(KernelWriter):
     def _windows(self, sides: Sides, windows: Windows) -> str:
         packed = "        .b_packed = 1,\n" if packed_bytes(sides) else ""
         a_taps, b_taps = (", ".join(map(str, t)) or "0" for t in (windows.a_taps, windows.b_taps))
-        kind = TYPES[sides.a.ref.dtype]
+        kind = FACTORS[sides.a.ref.dtype]
         return (
             f"    static const int64_t a_taps[] = {{{a_taps}}}, b_taps[] = {{{b_taps}}};\n"
             f"    static const ss_windows windows = {{\n"

@@ -28,10 +28,12 @@ PHASES = ("depth0", "line0", "col0")  # what a phase adds to what lies `stride` 
 AXES = ("batch", "row", *COLUMNS, *PHASES)
 Axes = dict[str, Run]
 
-PRODUCTS = frozenset({"aten.mm.default", "aten.bmm.default"})
+INTEGERS = "aten._int_mm.default"
+PRODUCTS = frozenset({"aten.mm.default", "aten.bmm.default", INTEGERS})
 BIASED = frozenset({"aten.addmm.default", "aten.baddbmm.default"})
 GROUPED = "aten._grouped_mm.default"
-TYPES = {torch.float32: "SS_F32", torch.bfloat16: "SS_BF16"}  # by their names in gemm.h
+FACTORS = {torch.float32: "SS_F32", torch.bfloat16: "SS_BF16", torch.int8: "SS_I8"}
+"""What is multiplied, by its name in gemm.h."""
 LEAST = 4  # rows and columns; below, a product is a sum over memory, which the library does better
 COLS = 48  # at least what gemm.c rounds columns up to
 FEW = 3 << 18  # multiply-adds, of columns rounded up, that take no longer than a library's call
@@ -59,7 +61,7 @@ def sides_of(node: Node) -> tuple[Sides, ...]:
 
 
 def is_product(op: Op) -> bool:
-    """Whether generated code takes the op: f32 or bf16 matrices that are not vectors."""
+    """Whether generated code takes the op: f32, bf16 or int8 matrices that are not vectors."""
     role = role_of(op)
     if op.name in BIASED:
         known = op.attrs.get("alpha", 1) == op.attrs.get("beta", 1) == 1
@@ -69,9 +71,11 @@ def is_product(op: Op) -> bool:
         return False
     types = [v.type for v in operand_values(op.operands)]
     out = op.result.type
-    same = all(t.dtype is out.dtype for t in types if t.dtype is not torch.int32)
+    factor = torch.int8 if op.name == INTEGERS else out.dtype
+    same = all(t.dtype is factor for t in types if t.dtype is not torch.int32)
     fits = role is not None or min(out.static_shape[-2:]) >= LEAST or _is_small(op)
-    return same and fits and out.dtype in TYPES and all(t.numel for t in (*types, out))
+    known = factor in FACTORS and (factor is torch.int8) == (op.name == INTEGERS)
+    return same and fits and known and all(t.numel for t in (*types, out))
 
 
 def _is_small(op: Op) -> bool:

@@ -1,8 +1,9 @@
 """Kernel of ours or PyTorch's, decided by measuring both on this machine, once.
 
-For a product of matrices ours is the choice: what follows it costs nothing more, and alone it is
-about as fast. For a convolution the library knows other ways, so each one that is large enough to
-matter is tried both ways when it is met first; the times stay in the cache of kernels.
+For a product of f32 or bf16 matrices ours is the choice: what follows it costs nothing more, and
+alone it is about as fast. For a convolution the library knows other ways, and for int8 packing
+weighs more, so each of those that is large enough to matter is tried both ways when it is met
+first; the times stay in the cache of kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -23,26 +24,32 @@ from pathlib import Path
 
 import torch
 
-from shoestring.ir import Builder, Function, Op, Role, Value
+from shoestring.ir import Builder, Function, Op, TensorType, Value
+from shoestring.ir import Role as ParamRole
 from shoestring.ir.inference import attrs_key
 
 from .build import build, cache_folder, machine_key
 from .calls import Pool
-from .convolutions import role_of, target_of
+from .convolutions import Role, role_of, target_of
 from .library import bind_call, way_of
 from .nodes import Node, Work, normalize
 from .openmp import considerate
 from .packing import packed_bytes
 from .pages import fresh_pages
-from .products import TYPES, is_product, matrices_of, sides_of
+from .products import FACTORS, INTEGERS, is_product, matrices_of, sides_of
 from .sides import DIGITS, Digits, Sides, Target, Windows, count_of, stride_of, written_out
 
+PERMUTE = "aten.permute.default"
+TURNING = frozenset({PERMUTE, "aten.t.default", "aten.transpose.int"})
 WORTH = 1 << 25  # FLOPs below which nothing is measured
 ROUNDS = 2  # that nobody disturbs
 MOST_ROUNDS = 8
 # The library's share of our time from which on it is taken. In a step ours saves what follows, a
 # change of threads and the library's workspace: 0.75 of our time alone is no faster there.
 MARGIN = 0.7
+
+
+Turned = tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -64,20 +71,30 @@ def slower_products(function: Function) -> dict[Op, str]:
     """The products that PyTorch makes faster on this machine, and why one knows."""
     found: dict[Op, str] = {}
     for op in function.ops:
-        if role_of(op) is None or not is_product(op) or op.opdef.cost(op).flops < WORTH:
+        if not _is_tried(op) or op.opdef.cost(op).flops < WORTH:
             continue
-        why = times_of(op).refusal
+        why = times_of(op, turned_of(function, op)).refusal
         if why:
             found[op] = why
     return found
 
 
-def times_of(op: Op) -> Times:
+def _is_tried(op: Op) -> bool:
+    return is_product(op) and (role_of(op) is not None or op.name == INTEGERS)
+
+
+def turned_of(function: Function, op: Op) -> Turned:
+    """Which operands are matrices that lie turned in memory."""
+    makers = (function.producer(v) if v.type.rank == 2 else None for v in op.inputs)
+    return tuple(m is not None and m.name in TURNING for m in makers)
+
+
+def times_of(op: Op, turned: Turned = ()) -> Times:
     """From the cache, or measured now."""
-    key = _key(op)
+    key = _key(op, turned)
     known = _KNOWN.get(key) or _stored(key)
     if known is None:
-        known = _measured(op)
+        known = _measured(op, turned)
         _store(key, known)
     _KNOWN[key] = known
     return known
@@ -86,10 +103,11 @@ def times_of(op: Op) -> Times:
 _KNOWN: dict[str, Times] = {}
 
 
-def _key(op: Op) -> str:
+def _key(op: Op, turned: Turned) -> str:
     """All that the times depend on."""
     types = [str(v.type) for v in (*op.inputs, *op.results)]
     parts = [op.name, *types, attrs_key(op), str(torch.get_num_threads()), torch.__version__]
+    parts += [f"turned {i}" for i, t in enumerate(turned) if t]
     return hashlib.sha256("\n".join([machine_key(), *parts]).encode()).hexdigest()
 
 
@@ -123,8 +141,8 @@ def _store(key: str, times: Times) -> None:
         return
 
 
-def _measured(op: Op) -> Times:
-    ways = both_ways(op)
+def _measured(op: Op, turned: Turned) -> Times:
+    ways = both_ways(op, turned)
     assert ways is not None, "only products are measured"
     return measure(*ways, ROUNDS)
 
@@ -137,11 +155,15 @@ class Way:
     out: torch.Tensor
 
 
-def both_ways(op: Op) -> tuple[Way, Way] | None:
-    """An op on random numbers, by our kernel and by PyTorch's; None where it is not ours."""
-    if role_of(op) is None or not is_product(op):
+def both_ways(op: Op, turned: Turned = ()) -> tuple[Way, Way] | None:
+    """An op on random numbers, by our kernel and by PyTorch's; None where ours is not tried."""
+    if not _is_tried(op):
         return None
-    operands = [torch.randn(v.type.static_shape).to(v.type.dtype) for v in op.inputs]
+    scale = 1.0 if op.inputs[0].type.dtype.is_floating_point else 40.0
+    operands = [(torch.randn(v.type.static_shape) * scale).to(v.type.dtype) for v in op.inputs]
+    for i, is_turned in enumerate(turned):
+        if is_turned:
+            operands[i] = operands[i].t().contiguous().t()
     result = op.results[0].type
     outs = [torch.empty(result.static_shape, dtype=result.dtype) for _ in range(2)]
     inputs = iter(operands)
@@ -254,16 +276,13 @@ def _runtime() -> ctypes.CDLL:
 
 
 class Trial:
-    """One convolution, or gradient of it, by the kernels of gemm.c, as a call."""
+    """A convolution, a gradient of it or a product of matrices by gemm.c's kernels, as a call."""
 
     def __init__(self, op: Op, operands: list[torch.Tensor], out: torch.Tensor) -> None:
-        node, role = _node_of(op), role_of(op)
-        assert role is not None, "only convolutions are tried"
+        node, role = _node_of(op, [not t.is_contiguous() for t in operands]), role_of(op)
         products = sides_of(node)
-        each = out.numel() // len(products)
-        self.products = [
-            _Product(s, target_of(node, role, s.phase), out.dtype, each) for s in products
-        ]
+        each, factor = out.numel() // len(products), operands[0].dtype
+        self.products = [_Product(s, _target(node, role, s), factor, each) for s in products]
         frame, images = products[0].frame, products[0].images.ref
         self.frame, self.room, self.by_place = None, 0, False
         if frame is not None:
@@ -305,7 +324,8 @@ class _Product:
 
     def __init__(self, sides: Sides, to: Target, dtype: torch.dtype, count: int) -> None:
         a, b = sides.a, sides.b
-        rows, cols, kind = count_of(a.rows), count_of(b.cols), list(TYPES).index(dtype)
+        rows, cols, kind = count_of(a.rows), count_of(b.cols), list(FACTORS).index(dtype)
+        words = 0 if dtype is torch.int8 else kind  # of i32 the bits are stored, as f32's are
         g = _Gemm(batch=count // (rows * cols), m=rows, n=cols, k=sides.summed, type=kind)
         g.a_batch, g.a_row, g.a_col = a.batch, stride_of(a.rows) or 0, stride_of(a.cols) or 0
         if sides.order is not None:
@@ -320,7 +340,7 @@ class _Product:
         for name, digits in sides.lists().items():
             setattr(g, name, ctypes.pointer(_digits(digits)))
         self.gemm = g
-        self.target = _Target(kind, to.batch, to.row, to.offset, _digits(to.cols))
+        self.target = _Target(words, to.batch, to.row, to.offset, _digits(to.cols))
         self.offsets = [side.offset * dtype.itemsize for side in (a, b)]
 
 
@@ -334,14 +354,24 @@ def _plus(start: ctypes.c_void_p, offset: int) -> ctypes.c_void_p:
     return ctypes.c_void_p((start.value or 0) + offset)
 
 
+def _target(node: Node, role: Role | None, sides: Sides) -> Target:
+    if role is not None:
+        return target_of(node, role, sides.phase)
+    return Target(0, count_of(sides.b.cols), ((count_of(sides.b.cols), 1),))
+
+
 def _address(tensor: torch.Tensor, offset: int = 0) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr() + offset)
 
 
-def _node_of(op: Op) -> Node:
-    """The op's product, alone."""
+def _node_of(op: Op, turned: Sequence[bool]) -> Node:
+    """The op's product, alone, of operands that lie in memory as they are or turned."""
     b = Builder("trial")
-    params = {v: b.param(v.type, Role.BATCH, f"x{i}") for i, v in enumerate(op.inputs)}
+    params = dict[Value, Value]()
+    for i, (v, is_turned) in enumerate(zip(op.inputs, turned, strict=True)):
+        shape = v.type.static_shape[::-1] if is_turned else v.type.static_shape
+        param = b.param(TensorType(v.type.dtype, shape), ParamRole.BATCH, f"x{i}")
+        params[v] = b.emit(PERMUTE, param, dims=(1, 0)) if is_turned else param
     alone = op.map_operands(params.__getitem__)
     b.output("out", b.emit(op.name, *alone.operands, **op.attrs))
     return next(n for n in normalize(b.build()).nodes if n.work is Work.PRODUCT)

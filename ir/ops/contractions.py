@@ -193,6 +193,12 @@ def distance_factors(op: Op) -> FactorMap:
 OPS: tuple[OpDef, ...] = (
     contraction("aten.mm.default", "mk,kn->mn", doc="The product of two matrices."),
     contraction("aten.bmm.default", "bmk,bkn->bmn", doc="The products of two batches of matrices."),
+    contraction(
+        "aten._int_mm.default",
+        "mk,kn->mn",
+        core=False,
+        doc="The product of two matrices of int8, in int32.",
+    ),
     contraction("aten.dot.default", "k,k->", doc="The sum of the products of two vectors."),
     contraction("aten.mv.default", "mk,k->m", doc="The product of a matrix and a vector."),
     biased_contraction(

@@ -93,6 +93,17 @@ func @convolution {{
 """
 
 
+INTEGERS = """
+func @integers {
+  batch %x: i8[37,53] "x"
+  parameter %w: i8[40,53] "w"
+  %t: i8[53,40] = aten.permute.default(%w) {dims=[1,0]}
+  %y: i32[37,40] = aten._int_mm.default(%x, %t)
+  return y=%y
+}
+"""
+
+
 def address(lowered: Lowered, r: Region) -> str:
     """Where a region is, as C."""
     if r.buffer.space is Space.ARENA:
@@ -157,3 +168,12 @@ def test_a_function(text: str, name: str, limit: float, tmp_path: Path) -> None:
         most = max(1.0, float(t.abs().max()))
         torch.testing.assert_close(found, t, rtol=limit, atol=limit * most)
     assert not data
+
+
+def test_integers(tmp_path: Path) -> None:
+    function = parse(INTEGERS)
+    shapes = [p.value.type.static_shape for p in function.params]
+    given = [torch.randint(-128, 128, shape, dtype=torch.int8) for shape in shapes]
+    data = bytearray(emulated(lower(function), given, tmp_path))
+    found = torch.frombuffer(data[sum(t.nbytes for t in given) :], dtype=torch.int32)
+    assert torch.equal(found.reshape(37, 40), given[0].int() @ given[1].int().t())

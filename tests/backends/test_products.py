@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoestring.backends.c import CBackend, CExecutable
-from shoestring.backends.c.build import HERE, find_compiler, flags
+from shoestring.backends.c.build import HERE, cpu_identity, find_compiler, flags
 from shoestring.backends.c.packing import MOST_ROWS, packed_floats
 from shoestring.backends.c.product_kernels import scratch_of
 from shoestring.backends.c.products import COLS
 from shoestring.backends.instructions import CallKernel
-from shoestring.ir import Builder, Function, Role, TensorType, Value, parse, parse_type
+from shoestring.ir import Builder, Function, Role, TensorType, Value, parse, parse_type, trace
 
 from .helpers import compare
 
@@ -402,6 +402,47 @@ def test_paths_of_other_machines(path: str, tmp_path: Path) -> None:
             assert_near(run(library, x, y, None, wanted, numbers), wanted)
 
 
+def integers(shape: tuple[int, int], turned: bool) -> torch.Tensor:
+    """Of the whole range, its ends more often than others."""
+    x = torch.randint(-140, 140, shape[::-1] if turned else shape).clamp(-128, 127)
+    return (x.t() if turned else x).to(torch.int8)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_integers_on_paths_of_other_machines(path: str, tmp_path: Path) -> None:
+    library = library_of(path, tmp_path)
+    for m, k, n in [(4, 1, 4), (7, 33, 50), (33, 32, 31), (64, 96, 48), (257, 1539, 49)]:
+        for left, right in itertools.product([False, True], repeat=2):
+            x, y = integers((m, k), left), integers((k, n), right)
+            wanted = (x.long() @ y.long()).int()
+            numbers = [1, m, n, k, kind_of(x), 0, *x.stride(), 0, *y.stride(), 0, 0]
+            assert torch.equal(run(library, x, y, None, wanted, numbers), wanted)
+
+
+@pytest.mark.parametrize("isa", ["native", "avx512", "avx2", "generic", "emulated-amx"])
+def test_integers_with_what_follows(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isa == "avx512" and "avx512f" not in cpu_identity().split():
+        pytest.skip(f"this machine has no {isa}")
+    monkeypatch.setenv("SHOESTRING_ISA", isa)
+    for m, k, n in [(17, 4, 16), (5, 1, 7), (33, 77, 50), (130, 1538, 48)]:
+        for left, right in itertools.product([False, True], repeat=2):
+            x, y, scale = integers((m, k), left), integers((k, n), right), torch.rand(n)
+            given = [x.t() if left else x, y.t() if right else y, scale]
+
+            def f(x: Any, y: Any, scale: Any) -> Any:
+                sides = (x.t() if left else x, y.t() if right else y)  # noqa: B023
+                whole = torch.ops.aten._int_mm.default(*sides)
+                return whole, whole.float() * scale + 1
+
+            function = trace(f, [TensorType(t.dtype, tuple(t.shape)) for t in given], "f")
+            executable = CBackend().compile(function)
+            assert isinstance(executable, CExecutable) and len(executable.instructions) == 1
+            whole, scaled = executable.run(given)
+            wanted = (x.long() @ y.long()).int()
+            assert torch.equal(whole, wanted)
+            torch.testing.assert_close(scaled, wanted.float() * scale + 1)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_groups_on_paths_of_other_machines(path: str, tmp_path: Path) -> None:
     library = library_of(path, tmp_path)
@@ -466,14 +507,14 @@ def assert_near(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 def kind_of(x: torch.Tensor) -> int:
-    return [torch.float32, torch.bfloat16].index(x.dtype)
+    return [torch.float32, torch.bfloat16, torch.int8].index(x.dtype)
 
 
 def run(
     library: ctypes.CDLL, x: torch.Tensor, y: torch.Tensor, ends: torch.Tensor | None,
     like: torch.Tensor, numbers: list[int], *, packed: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """The product of gemm.c, in f64; a packed side goes to what `ends` is otherwise."""
+    """The product of gemm.c, in f64 or i32; a packed side goes to what `ends` is otherwise."""
     out = torch.full(like.shape, torch.nan)
     sizes = (ctypes.c_int64 * 13)(*numbers)
     given = [x, y, ends, out]
@@ -481,7 +522,7 @@ def run(
     scratch = torch.empty(2 * library.product(*pointers, sizes, None), dtype=torch.uint8)
     call = library.packed_product if packed else library.product
     call(*pointers, sizes, ctypes.c_void_p(scratch.data_ptr()))
-    return out.double()
+    return out.view(torch.int32) if x.dtype is torch.int8 else out.double()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="tile registers are of x86-64")

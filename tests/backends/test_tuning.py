@@ -13,7 +13,7 @@ import torch
 
 from shoestring.backends.c import CBackend, CExecutable, tuning
 from shoestring.backends.c.build import HERE, find_compiler, flags
-from shoestring.backends.c.tuning import Times, Trial, slower_products, times_of
+from shoestring.backends.c.tuning import Times, Trial, both_ways, slower_products, times_of
 from shoestring.backends.instructions import CallKernel, CallTorch
 from shoestring.ir import Function, Op, TensorType, Value, trace
 
@@ -82,7 +82,7 @@ def test_times_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     times = times_of(op)
     assert times.own > 0 and times.library > 0 and len(list(tmp_path.iterdir())) == 1
     monkeypatch.setattr(tuning, "_KNOWN", {})
-    monkeypatch.setattr(tuning, "_measured", lambda op: pytest.fail("measured again"))
+    monkeypatch.setattr(tuning, "_measured", lambda *_: pytest.fail("measured again"))
     assert times_of(op) == times
 
 
@@ -95,7 +95,7 @@ def test_a_broken_entry_is_measured_again(
     (file,) = tmp_path.iterdir()
     file.write_text(text)
     monkeypatch.setattr(tuning, "_KNOWN", {})
-    monkeypatch.setattr(tuning, "_measured", lambda op: Times(1.0, 2.0))
+    monkeypatch.setattr(tuning, "_measured", lambda *_: Times(1.0, 2.0))
     assert times_of(op) == Times(1.0, 2.0)
 
 
@@ -108,7 +108,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 
 
 def test_what_is_slower_goes_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_measured", lambda op: Times(2.0, 1.0))
+    monkeypatch.setattr(tuning, "_measured", lambda *_: Times(2.0, 1.0))
     function = program(2, torch.float32)
     given = arguments(function)
     executable = CBackend().compile(function)
@@ -119,6 +119,27 @@ def test_what_is_slower_goes_to_the_library(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(isinstance(i, CallKernel) for i in plain.instructions)
     for x, y in zip(executable.run(given), plain.run(given), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_integers_are_tried_as_they_lie_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[bool, ...]] = []
+
+    def measured(op: Op, turned: tuple[bool, ...]) -> Times:
+        tried.append(turned)
+        own, library = both_ways(op, turned) or pytest.fail("not tried")
+        own.call()
+        library.call()
+        assert torch.equal(own.out, library.out)
+        return Times(2.0, 1.0)
+
+    def f(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.aten._int_mm(x, y), torch.ops.aten._int_mm(x, z.t())
+
+    monkeypatch.setattr(tuning, "_measured", measured)
+    sizes = [(300, 260), (260, 256), (256, 260)]
+    function = trace(f, [TensorType(torch.int8, size) for size in sizes], "f")
+    assert len(slower_products(function)) == 2
+    assert tried == [(False, False), (False, True)]
 
 
 def test_small_ones_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +154,8 @@ def test_structures_are_those_of_c(tmp_path: Path) -> None:
         "ss_gemm": tuning._Gemm,
         "ss_frame": tuning._Frame,
         "ss_digits": tuning._Digits,
+        "ss_windows": tuning._Windows,
+        "ss_order": tuning._Order,
         "ss_target": tuning._Target,
     }
     numbers = ", ".join(f"sizeof({name})" for name in found)
