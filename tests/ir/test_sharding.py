@@ -230,6 +230,7 @@ def test_rules_of_direct_calls() -> None:
         "ormqr.default": (square, values("f32[3,4]")[0], square),
         "pixel_shuffle.default": (values("f32[3,4,5,5]")[0], 2),
         "pixel_unshuffle.default": (image, 2),
+        "_int_mm.default": tuple(values("i8[4,6]", "i8[6,8]")),
     }
     for kind in ("upsample_nearest", "_upsample_nearest_exact"):
         for rank, source, grad in zip("123", (line, image, volume), grads, strict=True):
