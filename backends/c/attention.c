@@ -13,6 +13,7 @@
 
 #include "amx.h"
 #include "prelude.h"
+#include "turn.h"
 #include "vector.h"
 
 #if SS_LANES != 16

@@ -188,7 +188,7 @@ static void NAME(turn)(const UNIT *rows, int64_t width, UNIT *panel) {
     if (sizeof(UNIT) == 4 && units % 16 == 0) {
         for (int64_t u = 0; u < units; u += 16)
             for (int64_t l = 0; l < SS_PANEL; l += 16)
-                ss_vturn(rows + l * units + u, units, panel + u * SS_PANEL + l, SS_PANEL);
+                turn_square(rows + l * units + u, units, panel + u * SS_PANEL + l, SS_PANEL);
         return;
     }
 #endif
@@ -455,7 +455,7 @@ static void NAME(gather)(
     if (ss_use_tiles) {
         for (int64_t u = 0; u < units; u += 16)
             for (int64_t i = 0; i < n; i += 16)
-                ss_vturn(p + u * ld + i, ld, w->turned + i * units + u, units);
+                turn_square(p + u * ld + i, ld, w->turned + i * units + u, units);
         NAME(product)(n, width, units, w->turned, units, 1, rows, width, SS_PANEL, c, width, 1,
                       clip);
         return;

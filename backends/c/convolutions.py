@@ -42,7 +42,7 @@ from .sides import (
     count_of,
     positions,
     simplified,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     from .nodes import Node, Ref

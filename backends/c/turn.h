@@ -1,6 +1,5 @@
 /* Squares of words, turned in registers: SS_LANES vectors become as many, one of each lane. */
 #pragma once
-#include "gemm.h"
 #include "vector.h"
 
 #if defined(__AVX__) && SS_LANES >= 8
@@ -76,6 +75,14 @@ SS_INLINE void turn_vectors(const ss_vf *v, float *out, int64_t stride) {
     for (int c = 0; c < SS_LANES; c++)
         for (int l = 0; l < SS_LANES; l++) out[c * stride + l] = v[l][c];
 #endif
+}
+
+/* to[c][l] = from[l][c] for a square of words, rows so many words apart. */
+SS_INLINE void turn_square(const void *from, int64_t from_row, void *to, int64_t to_row) {
+    ss_vf v[SS_LANES];
+#pragma GCC unroll 16
+    for (int l = 0; l < SS_LANES; l++) v[l] = ss_vload((const float *)from + l * from_row);
+    turn_vectors(v, to, to_row);
 }
 
 /* What a word is made of: an f32, a bf16 widened to it, two of bf16, or one and a zero. */

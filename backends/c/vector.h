@@ -169,33 +169,3 @@ SS_INLINE ss_vd ss_vdexp2(ss_vd x) {
     for (int i = 0; i < SS_LANES / 2; i++) x[i] = exp2(x[i]);
     return x;
 }
-
-/* -- a square of 16 x 16 words, turned over its diagonal ------------------------------------------ */
-
-#if SS_LANES == 16
-/* Swaps ever larger blocks: word l of row i, where bit `size` of l is set, and word l - size of row
- * i + size. */
-SS_INLINE void ss_vtranspose(ss_vu r[16]) {
-    const ss_vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    _Pragma("GCC unroll 4") for (int size = 1; size < 16; size *= 2) {
-        const ss_vi moved = (lane & size) != 0;
-        const ss_vi low = (~moved & lane) | (moved & (16 + lane - size));
-        const ss_vi high = (~moved & (lane + size)) | (moved & (16 + lane));
-        _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) {
-            if (i & size) continue;
-            const __m512i a = (__m512i)r[i], b = (__m512i)r[i + size];
-            r[i] = (ss_vu)_mm512_permutex2var_epi32(a, (__m512i)low, b);
-            r[i + size] = (ss_vu)_mm512_permutex2var_epi32(a, (__m512i)high, b);
-        }
-    }
-}
-/* to[j][i] = from[i][j], rows so many words apart. */
-SS_INLINE void ss_vturn(const void *from, int64_t from_row, void *to, int64_t to_row) {
-    ss_vu r[16];
-    _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++)
-        memcpy(&r[i], (const uint32_t *)from + i * from_row, 64);
-    ss_vtranspose(r);
-    _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++)
-        memcpy((uint32_t *)to + i * to_row, &r[i], 64);
-}
-#endif
