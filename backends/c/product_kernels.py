@@ -100,12 +100,8 @@ class ProductWriter(KernelWriter):
     def _thread_bytes(self, sides: Sides) -> int:
         """Scratch of one thread."""
         rows, cols = self.sizes["row"], self.sizes["batch"] * (self._columns + COLS)
-        if sides.windows is not None:
-            return scratch_of(count_of(sides.a.rows), rows + COLS, sides.summed, turned=True)
-        if sides.order is None:
-            return scratch_of(rows, cols, sides.summed)
-        one = count_of(sides.b.cols) + COLS
-        return scratch_of(rows, sides.order.matrices * one, sides.summed, one, turned=True)
+        by_place = scratch_by_place(sides)
+        return scratch_of(rows, cols, sides.summed) if by_place is None else by_place
 
     @property
     def _columns(self) -> int:
@@ -214,6 +210,16 @@ class ProductWriter(KernelWriter):
         )
 
 
+def scratch_by_place(sides: Sides) -> int | None:
+    """What `scratch_of` gives of images by place; None of other products."""
+    rows, cols = count_of(sides.a.rows), count_of(sides.b.cols) + COLS
+    if sides.windows is not None:
+        return scratch_of(rows, cols, sides.summed, turned=True)
+    if sides.order is not None:
+        return scratch_of(rows, sides.order.matrices * cols, sides.summed, cols, turned=True)
+    return None
+
+
 def scratch_of(rows: int, cols: int, summed: int, least: int = COLS, turned: bool = False) -> int:
     """Bytes that one thread of `ss_gemm_run` needs at most, on any machine.
 
@@ -221,12 +227,12 @@ def scratch_of(rows: int, cols: int, summed: int, least: int = COLS, turned: boo
         rows: of one product.
         cols: of all products that have one left side, each with its columns rounded up by `COLS`.
         summed: the size of the dimension that is summed up.
-        least: columns of which the tiles are in memory together in any case.
+        least: columns of which the tiles wait for each other; all others may wait with them.
         turned: whether the result is handed over turned or in another order.
     """
     block = min(summed + ROWS, KC)
     rows = min(MC, rows + ROWS)
-    wait = cols if summed + ROWS > KC else min(cols, max(least, GROUP * COLS))
+    wait = cols if summed + ROWS > KC or least > COLS else min(cols, GROUP * COLS)
     tiles = max(min(TILES // 4, rows * wait), min(rows, ROWS) * least)
     handed = (tiles + tiles // rows * ROWS) * turned
     return 4 * (GROUP * COLS * block + tiles + handed + rows * block) + 64

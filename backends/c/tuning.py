@@ -332,6 +332,7 @@ class _Product:
             order, each = sides.order, count_of(sides.order.at)
             g.batch, self.order = order.matrices, _Order(_digits(order.at), each, order.count)
             g.order = ctypes.pointer(self.order)
+        self.sides = sides
         self.swapped = sides.windows is not None
         if sides.windows is not None:
             g.batch, self.windows = 1, _windows(sides.windows)

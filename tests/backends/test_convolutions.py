@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +14,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shoestring.backends.c import CBackend, CExecutable
+from shoestring.backends.c import CBackend, CExecutable, tuning
 from shoestring.backends.c.build import cpu_identity
+from shoestring.backends.c.decompositions import decompose
+from shoestring.backends.c.product_kernels import scratch_by_place
 from shoestring.backends.instructions import CallKernel, CallTorch
 from shoestring.ir import Function, TensorType, trace
 
@@ -190,6 +194,35 @@ def test_other_instruction_sets(isa: str, monkeypatch: pytest.MonkeyPatch) -> No
     for case in SOME:
         for dtype in TOLERANCE:
             check(Case(**{**case.__dict__, "dtype": dtype}))
+
+
+@pytest.mark.parametrize("isa", ["native", "avx512", "avx2", "generic", "emulated-amx"])
+def test_scratch_is_enough_on_every_machine(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isa == "avx512" and "avx512f" not in cpu_identity().split():
+        pytest.skip(f"this machine has no {isa}")
+    monkeypatch.setenv("SHOESTRING_ISA", isa)
+    tuning._runtime.cache_clear()
+    large = [
+        Case(2, 300, 100, (4, 4), (2, 2)),
+        Case(9, 512, 64, (6, 6), (2, 2)),
+        Case(1, 33, 5, (4, 4), (7, 7), padding=(3, 3)),
+        Case(2, 130, 300, (8, 8), (3, 3), (2, 2), (1, 1)),
+        Case(32, 64, 64, (16, 16), (3, 3), padding=(1, 1)),
+    ]
+    for case, dtype in itertools.product([*SOME, *large], TOLERANCE):
+        arguments = Case(**{**case.__dict__, "dtype": dtype}).inputs()
+        function = traced(lambda *t: everything(case, *t), arguments)  # noqa: B023
+        for op in decompose(function).ops:
+            ways = tuning.both_ways(op)
+            if ways is None:
+                continue
+            trial = ways[0].call
+            assert isinstance(trial, tuning.Trial)
+            for product in trial.products:
+                planned = scratch_by_place(product.sides)
+                needed = trial.library.ss_gemm_scratch(ctypes.byref(product.gemm))
+                assert planned is None or needed <= planned, f"{case}, {op}"
+    tuning._runtime.cache_clear()
 
 
 def test_what_follows_is_done_in_the_kernel() -> None:
