@@ -80,10 +80,13 @@ enum { PARTS = 32 };
 CHANNELS(uint32_t)
 CHANNELS(uint16_t)
 
+/* Of four bytes that the channels of a place take. */
+static int64_t words_of(const ss_frame *f) { return (f->size[1] * f->itemsize + 3) / 4; }
+
 /* A line of places, each with its channels from the first of them on: `x` is at the first place. */
 static void line(const ss_frame *f, const char *x, char *out) {
     const int64_t size = f->itemsize, each = 4 / size, step = f->stride[1] * size * each;
-    const int64_t words = (f->size[1] + each - 1) / each, wide = 4 * words;
+    const int64_t words = words_of(f), wide = 4 * words;
     const Words kind = {size == 4 ? ONE_F32 : TWO_HALVES, f->stride[1]};
     memset(out, 0, f->before[2] * wide);
     out += f->before[2] * wide;
@@ -108,8 +111,7 @@ static void lines(void *context, int64_t p, int64_t worker) {
     (void)worker;
     const Job *job = context;
     const ss_frame *f = job->f;
-    const int64_t all = f->size[0] * f->framed[0] * f->framed[1], each = 4 / f->itemsize;
-    const int64_t bytes = f->framed[2] * ((f->size[1] + each - 1) / each) * 4;
+    const int64_t all = f->size[0] * f->framed[0] * f->framed[1], bytes = f->framed[2] * 4 * words_of(f);
     for (int64_t i = all * p / PARTS; i < all * (p + 1) / PARTS; i++) {
         const int64_t n = i / f->framed[1] / f->framed[0];
         const int64_t z = i / f->framed[1] % f->framed[0] - f->before[0], y = i % f->framed[1] - f->before[1];

@@ -157,8 +157,8 @@ SS_INLINE __m256 eight(Source s, int64_t at, int pairs) {
     return _mm256_loadu_ps(wide);
 }
 
-/* The same for eight lanes, which go to out[8, width]; where a row is wider than `width`, the next overwrites what is over,
- * and the last has `width` elements. */
+/* The same for eight lanes, to out[8, width]; where a row is wider than `width`, the next overwrites
+ * what is over, and the last has `width` elements. */
 SS_INLINE void turn8(Source s, const int64_t *at, int pairs, float *out, int64_t width) {
     __m256 r[8];
 #pragma GCC unroll 8

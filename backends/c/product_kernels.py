@@ -85,7 +85,7 @@ class ProductWriter(KernelWriter):
             left += _plus(sides.a.offset, sides.a.ref)
             right += _plus(sides.b.offset, sides.b.ref)
             call = self._shape(sides)
-            if packed:
+            if packed_bytes(sides):
                 to = f"(char *){scratch} + {used}"
                 call += f"\n    ss_gemm_pack(&g, {right}, {to});"
                 right = to

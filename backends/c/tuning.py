@@ -310,7 +310,7 @@ class Trial:
             sides = (images, _address(self.a)) if p.swapped else (_address(self.a), images)
             left, right = (_plus(x, n) for x, n in zip(sides, p.offsets, strict=True))
             gemm = ctypes.byref(p.gemm)
-            if self.packed:
+            if p.gemm.b_packed:
                 self.library.ss_gemm_pack(gemm, right, packed)
                 right = packed
             target, threads = ctypes.byref(p.target), ctypes.c_int64(self.threads)

@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import platform
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -419,6 +420,12 @@ def test_integers_on_paths_of_other_machines(path: str, tmp_path: Path) -> None:
             assert torch.equal(run(library, x, y, None, wanted, numbers), wanted)
 
 
+def scaled(left: bool, right: bool, x: Any, y: Any, scale: Any) -> Any:
+    """A product of int8, and what usually follows it."""
+    whole = torch.ops.aten._int_mm.default(x.t() if left else x, y.t() if right else y)
+    return whole, whole.float() * scale + 1
+
+
 @pytest.mark.parametrize("isa", ["native", "avx512", "avx2", "generic", "emulated-amx"])
 def test_integers_with_what_follows(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if isa == "avx512" and "avx512f" not in cpu_identity().split():
@@ -428,19 +435,14 @@ def test_integers_with_what_follows(isa: str, monkeypatch: pytest.MonkeyPatch) -
         for left, right in itertools.product([False, True], repeat=2):
             x, y, scale = integers((m, k), left), integers((k, n), right), torch.rand(n)
             given = [x.t() if left else x, y.t() if right else y, scale]
-
-            def f(x: Any, y: Any, scale: Any) -> Any:
-                sides = (x.t() if left else x, y.t() if right else y)  # noqa: B023
-                whole = torch.ops.aten._int_mm.default(*sides)
-                return whole, whole.float() * scale + 1
-
-            function = trace(f, [TensorType(t.dtype, tuple(t.shape)) for t in given], "f")
+            types = [TensorType(t.dtype, tuple(t.shape)) for t in given]
+            function = trace(partial(scaled, left, right), types, "f")
             executable = CBackend().compile(function)
             assert isinstance(executable, CExecutable) and len(executable.instructions) == 1
-            whole, scaled = executable.run(given)
+            whole, followed = executable.run(given)
             wanted = (x.long() @ y.long()).int()
             assert torch.equal(whole, wanted)
-            torch.testing.assert_close(scaled, wanted.float() * scale + 1)
+            torch.testing.assert_close(followed, wanted.float() * scale + 1)
 
 
 @pytest.mark.parametrize("path", PATHS)
