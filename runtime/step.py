@@ -35,7 +35,7 @@ from shoestring.ir import Function, Role
 from shoestring.ir.errors import RuntimeFault, UsageError
 from shoestring.passes.pipeline import Pipeline, StepRecord, check
 
-from .memory import collector_paused
+from .memory import collecting_by_phase
 from .moments import Moments
 from .report import Report
 
@@ -93,20 +93,30 @@ class _Compiled:
         prepare = getattr(self._backend, "prepare", None)
         if prepare is not None:
             prepare()
-        with collector_paused():
-            return self._build(capture, arguments)
+        with collecting_by_phase() as end_phase:
+            return self._build(capture, arguments, end_phase)
 
-    def _build(self, capture: Callable[[], Captured], arguments: Any) -> Program:
+    def _build(
+        self, capture: Callable[[], Captured], arguments: Any, end_phase: Callable[[], None]
+    ) -> Program:
         seconds: dict[str, float] = {}
-        captured = _timed(seconds, "capture", capture)
+
+        def timed(name: str, work: Callable[[], Any]) -> Any:
+            start = time.perf_counter()
+            result = work()
+            end_phase()
+            seconds[name] = time.perf_counter() - start
+            return result
+
+        captured = timed("capture", capture)
         for path, tensor in captured.gradients.items():
             self.gradients.setdefault(path, tensor)
         pipeline = self.options.pipeline
-        function, records = _timed(seconds, "passes", lambda: pipeline.run(captured.function))
+        function, records = timed("passes", lambda: pipeline.run(captured.function))
         if self.options.verify:
             given = [t.detach().clone() for t in self.bind(captured, arguments)]
-            _timed(seconds, "verify", lambda: check(captured.function, given, pipeline.enabled))
-        executable = _timed(seconds, "backend", lambda: self._backend.compile(function))
+            timed("verify", lambda: check(captured.function, given, pipeline.enabled))
+        executable = timed("backend", lambda: self._backend.compile(function))
         return Program(captured, function, executable, records, seconds)
 
     def bind(self, captured: Captured, batch: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -342,13 +352,6 @@ def _fact(leaf: Any) -> Any:
     if leaf is None or isinstance(leaf, (bool, int, float, str)):
         return (type(leaf), leaf)
     return id(leaf)
-
-
-def _timed(seconds: dict[str, float], name: str, work: Callable[[], Any]) -> Any:
-    start = time.perf_counter()
-    result = work()
-    seconds[name] = time.perf_counter() - start
-    return result
 
 
 def _refuse_hooks(optimizer: torch.optim.Optimizer) -> None:

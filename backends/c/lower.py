@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -117,7 +118,8 @@ class _Emitter:
     extra: list[Buffer] = field(default_factory=list[Buffer])
     constants: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
     names: dict[str, str] = field(default_factory=dict[str, str])
-    calls: dict[str, list[Kernel]] = field(default_factory=dict[str, list[Kernel]])
+    first: dict[str, Kernel] = field(default_factory=dict[str, Kernel])
+    calls: Counter[str] = field(default_factory=Counter[str])
 
     def __post_init__(self) -> None:
         self.known = set(self.function.values)
@@ -170,8 +172,8 @@ class _Emitter:
             copies, outputs, tuple(self.constants), plan,
         )  # fmt: skip
         infos = [
-            KernelInfo(self.names[body], kernels[0].ops, len(kernels))
-            for body, kernels in self.calls.items()
+            KernelInfo(self.names[body], kernel.ops, self.calls[body])
+            for body, kernel in self.first.items()
         ]
         return Lowered(program, self.sources(), infos)
 
@@ -213,7 +215,8 @@ class _Emitter:
         """The C function's name; kernels of equal text share one."""
         if kernel.text not in self.names:
             self.names[kernel.text] = f"k{len(self.names)}_{kernel.stem}"
-        self.calls.setdefault(kernel.text, []).append(kernel)
+        self.first.setdefault(kernel.text, kernel)
+        self.calls[kernel.text] += 1
         return self.names[kernel.text]
 
     def operand(self, operand: NodeOperand) -> RegionOperand:
@@ -310,13 +313,9 @@ class _Emitter:
         return [_file("\n".join(part)) for part in parts]
 
     def _function(self, body: str, name: str) -> str:
-        kernels = self.calls[body]
-        more = (
-            f"// called {len(kernels)} times; named here as in the first call\n"
-            if len(kernels) > 1
-            else ""
-        )
-        return f"{more}{kernels[0].comment}\n{body.replace('@', name)}"
+        count = self.calls[body]
+        more = f"// called {count} times; named here as in the first call\n" if count > 1 else ""
+        return f"{more}{self.first[body].comment}\n{body.replace('@', name)}"
 
 
 def _kind(unit: Unit) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+import linecache
 import subprocess
 import sys
+import weakref
 
 import torch
 
 import shoestring
 from shoestring.backends.c import CExecutable
-from shoestring.runtime.memory import collector_paused
+from shoestring.runtime.memory import collecting_by_phase, forget_sources
 
 
 def loss(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -59,13 +61,58 @@ assert current_rss() - before < 8 << 20
 
 
 def test_the_collector_pauses_only_if_it_ran() -> None:
-    with collector_paused():
+    with collecting_by_phase():
         assert not gc.isenabled()
     assert gc.isenabled()
     gc.disable()
     try:
-        with collector_paused():
+        with collecting_by_phase():
             pass
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+class _Knot:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def _dead(knot: weakref.ref[_Knot]) -> bool:
+    return knot() is None
+
+
+def test_a_phase_frees_its_own_cycles_and_leaves_those_of_before() -> None:
+    gc.disable()
+    try:
+        before = weakref.ref(_Knot())
+        with collecting_by_phase() as end_phase:
+            inside = weakref.ref(_Knot())
+            end_phase()
+            assert _dead(inside) and not _dead(before)
+    finally:
+        gc.enable()
+    gc.collect()
+    assert _dead(before)
+
+
+def test_what_somebody_froze_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        with collecting_by_phase() as end_phase:
+            end_phase()
+        assert gc.get_freeze_count() == frozen
+    finally:
+        gc.unfreeze()
+
+
+def test_sources_in_files_are_read_again_and_others_kept() -> None:
+    typed = (4, None, ["x=1\n"], "<typed>")
+    linecache.cache["<typed>"] = typed
+    first = linecache.getline(__file__, 1)
+    assert first and __file__ in linecache.cache
+    forget_sources()
+    assert __file__ not in linecache.cache and linecache.cache["<typed>"] is typed
+    assert linecache.getline(__file__, 1) == first
+    del linecache.cache["<typed>"]
