@@ -120,12 +120,21 @@ class LowerPrecision(Pass):
     numerics: ClassVar[Numerics] = Numerics.LOSSY
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            what = f"lower_precision rounds to one of {', '.join(DTYPES)}, found {self.dtype!r}"
-            raise PassError("SS3011", what)
+        check_dtype(self.name, self.dtype)
 
     def run(self, function: Function) -> tuple[Function, PassReport]:
         return _Lowering(function, DTYPES[self.dtype]).run()
+
+
+def check_dtype(name: str, dtype: str) -> None:
+    """Refuses a type to which no pass rounds.
+
+    Raises:
+        PassError: SS3011, with the pass of that name and the types that there are.
+    """
+    if dtype not in DTYPES:
+        what = f"{name} rounds to one of {', '.join(DTYPES)}, found {dtype!r}"
+        raise PassError("SS3011", what)
 
 
 class Use(Flag):
@@ -280,7 +289,7 @@ class _Lowering:
     def with_types(self, op: Op) -> list[bool] | None:
         """Which results are of the lower type where the operands are; None where that fails."""
         chosen = set(rounded_operands(op))
-        wanted = {v: self.low_type(v) for v in op.inputs if v in chosen and is_wide(v)}
+        wanted = {v: low_type(v, self.dtype) for v in op.inputs if v in chosen and is_wide(v)}
         trial = op.map_operands(lambda v: Value(wanted.get(v, v.type), v.name))
         try:
             types = infer_types(trial)
@@ -292,9 +301,6 @@ class _Lowering:
         ):
             return None
         return [t.dtype is self.dtype for t in types]
-
-    def low_type(self, v: Value) -> TensorType:
-        return replace(v.type, dtype=self.dtype)
 
     def emit(self, op: Op, operands: tuple[Operand, ...], low: Iterable[bool]) -> None:
         """The op on other operands; its low results stand for the wide ones."""
@@ -309,7 +315,7 @@ class _Lowering:
     # -- conversions ---------------------------------------------------------------------------
 
     def low_like(self, v: Value) -> Value:
-        return self.names.fresh(self.low_type(v), v.name)
+        return self.names.fresh(low_type(v, self.dtype), v.name)
 
     def is_low(self, v: Value) -> bool:
         return v.type.dtype is self.dtype
@@ -414,6 +420,11 @@ def keeps_all(op: Op) -> bool:
         return False
     rearranged = op.name not in ("aten.as_strided.default", "aten.unfold.default")
     return rearranged and op.result.type.numel >= op.inputs[0].type.numel
+
+
+def low_type(v: Value, dtype: torch.dtype) -> TensorType:
+    """The type of a value, with other elements."""
+    return replace(v.type, dtype=dtype)
 
 
 def make_convert(old: Value, new: Value, loc: Loc) -> Op:

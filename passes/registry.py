@@ -31,6 +31,7 @@ from .order_memory import OrderMemory
 from .pipeline import unknown_pass
 from .propagate_slices import PropagateSlices
 from .rematerialize import Rematerialize
+from .round_saved import RoundSaved
 from .simplify_algebra import SimplifyAlgebra
 from .split_norms import SplitNorms
 
@@ -50,12 +51,17 @@ BUILTIN: tuple[type[Pass], ...] = (
     LowerPrecision,
     SplitNorms,
     Rematerialize,
+    RoundSaved,
     FuseUpdate,
     OrderMemory,
 )
 
 
-PRECISIONS: dict[str, tuple[Pass, ...]] = {"fp32": (), "bf16": (LowerPrecision("bf16"),)}
+# Of each precision what rounds the values of products, and what rounds values that are kept.
+PRECISIONS: dict[str, tuple[tuple[Pass, ...], tuple[Pass, ...]]] = {
+    "fp32": ((), ()),
+    "bf16": ((LowerPrecision("bf16"),), (RoundSaved("bf16"),)),
+}
 
 
 def default_pipeline(keep: frozenset[str] | None = None, precision: str = "fp32") -> list[Pass]:
@@ -82,8 +88,9 @@ def default_pipeline(keep: frozenset[str] | None = None, precision: str = "fp32"
     ]
     lower: list[Pass] = [] if keep is None else [Decompose(keep)]
     # Rematerialized values must not meet common_subexpressions, nor schedules a new op.
-    schedule: list[Pass] = [SplitNorms(), Rematerialize(), FuseUpdate(), OrderMemory()]
-    return [*lower, *simplify, ChunkLoss(), *PRECISIONS[precision], *schedule]
+    products, kept = PRECISIONS[precision]
+    memory: list[Pass] = [SplitNorms(), Rematerialize(), *kept, FuseUpdate(), OrderMemory()]
+    return [*lower, *simplify, ChunkLoss(), *products, *memory]
 
 
 def check_precision(precision: str) -> None:

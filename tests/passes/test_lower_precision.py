@@ -237,7 +237,7 @@ def test_only_when_asked_for() -> None:
     names = [p.name for p in passes]
     assert names.index("dead_code") < names.index("lower_precision") < names.index("rematerialize")
     lossy = [p.name for p in passes if p.numerics is Numerics.LOSSY]
-    assert lossy == ["lower_precision"]
+    assert lossy == ["lower_precision", "round_saved"]
 
 
 def test_unknown_precision() -> None:
