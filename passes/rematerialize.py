@@ -21,6 +21,7 @@ ONE_PASS = frozenset(
 )
 CAST = "aten._to_copy.default"
 KEPT_INSTEAD = 4  # members of a group that may be kept instead of what all depend on
+SOON = 16  # ops between two reads of a weight that is rounded once for both
 LATER = frozenset({Phase.BACKWARD, Phase.RECOMPUTE, Phase.UPDATE})
 
 
@@ -89,7 +90,7 @@ class Rematerialize(Pass):
     numerics: ClassVar[Numerics] = Numerics.EXACT
 
     def run(self, function: Function) -> tuple[Function, PassReport]:
-        plan = _Plan(function, self.max_chain, self.window)
+        plan = _Plan(function, self.max_chain)
         chosen = plan.choose()
         report = plan.report
         plain = _duplicate(function, plan, chosen, self.window) if chosen else function
@@ -129,7 +130,7 @@ class Rematerialize(Pass):
                 left -= _flops(op)
         if not again:
             return [], plain, alive.peak
-        other = _Plan(function, self.max_chain, self.window, again)
+        other = _Plan(function, self.max_chain, again)
         result = _duplicate(function, other, other.choose(), self.window)
         work = sum(map(_flops, result.ops)) - total
         state = sum(size_of(p.value.type) for p in function.params)
@@ -146,9 +147,7 @@ class _Plan:
     Products of `again` are taken for as cheap as pointwise ops.
     """
 
-    def __init__(
-        self, function: Function, max_chain: int, window: int, again: Collection[Op] = ()
-    ) -> None:
+    def __init__(self, function: Function, max_chain: int, again: Collection[Op] = ()) -> None:
         self.function = function
         self.max_chain = max_chain
         self.again = again
@@ -157,7 +156,7 @@ class _Plan:
         self.saved = self.find_saved()
         self.report.matched = len(self.saved)
         self.available = {p.value for p in function.params}
-        self.available |= _held_meanwhile(function, window)
+        self.available |= _held_meanwhile(function)
         self.available.update(self.roots[v] for v in _kept_anyway(function, self.saved))
 
     def choose(self) -> set[Value]:
@@ -283,25 +282,30 @@ def cheap_results(op: Op) -> tuple[Value, ...]:
     return op.results if op.opdef.kind in CHEAP else ()
 
 
-def _held_meanwhile(function: Function, window: int) -> set[Value]:
-    """Weights in a lower precision whose backward readers come soon after the forward ones.
+def _held_meanwhile(function: Function) -> set[Value]:
+    """Weights in a lower precision that are not worth rounding again.
 
-    So it is with the weights of a loss in chunks: rounding them for each chunk would cost more
-    time, and memory for a second copy.
+    The backward pass reads them soon after the forward pass, or between two reads of that, as those
+    of a loss in chunks: rounding them for each chunk would cost more time, and memory for a second
+    copy.
     """
     own = {p.value for p in function.params if p.role is Role.PARAMETER}
     casts = {o.result for o in function.ops if o.name == CAST and o.inputs[0] in own}
     last: dict[Value, int] = {}
     far: set[Value] = set()
+    begun: set[Value] = set()
+    between: set[Value] = set()
     for i, op in enumerate(function.ops):
+        forward = op.loc.phase is Phase.FORWARD
         for v in casts.intersection(op.inputs):
-            if op.loc.phase is Phase.FORWARD:
-                last[v] = i
-            elif i - last.get(v, i) > window:
-                far.add(v)
-            else:
-                last[v] = i
-    return casts - far
+            if forward and v in begun:
+                between.add(v)
+            if not forward:
+                begun.add(v)
+                if i - last.get(v, i) > SOON:
+                    far.add(v)
+            last[v] = i
+    return casts - far | between
 
 
 def _flops(product: Op) -> int:

@@ -189,6 +189,28 @@ def test_weights_that_are_read_again_soon_are_rounded_once() -> None:
     assert again(rounded(between=3)) == []
 
 
+def test_weights_that_the_forward_pass_reads_again_are_rounded_once() -> None:
+    """As in a loss in chunks: forward, backward, then forward again."""
+    chain = "\n".join(
+        f"  %c{i + 1}: bf16[256,256] = aten.mm.default(%c{i}, %xb)" for i in range(70)
+    )
+    f = parse(f"""
+func @f {{
+  parameter %w: f32[256,256] "w"
+  batch %x: f32[256,256] "x"
+  %xb: bf16[256,256] = aten._to_copy.default(%x) {{dtype=bf16}}
+  %b: bf16[256,256] = aten._to_copy.default(%w) {{dtype=bf16}}
+  %c0: bf16[256,256] = aten.mm.default(%xb, %b)
+{chain}
+  %g: bf16[256,256] = aten.mm.default(%c70, %b) {B}
+  %d: bf16[256,256] = aten.mm.default(%xb, %b)
+  %h: bf16[256,256] = aten.mm.default(%d, %g) {B}
+  return h=%h
+}}
+""")
+    assert again(f) == []
+
+
 def layers(count: int) -> Function:
     """x -> (product with 64 columns, exp, product back) `count` times, and back through them."""
     forward, backward = list[str](), list[str]()
