@@ -223,6 +223,35 @@ def machine_key() -> str:
     return _key(find_compiler(), {})
 
 
+def cached_text(name: str, make: Callable[[], str]) -> str:
+    """What is known of this machine and its compiler, by name: made once, kept in the cache.
+
+    Raises:
+        BackendError: SS4201 without a compiler, SS4203 where the cache cannot be written.
+    """
+    key = _key(find_compiler(), {name: name})
+    return (_cached(key, name, lambda work: _write(work / name, make())).path).read_text()
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text)
+
+
+def defined_names(*more: str) -> dict[str, str]:
+    """What the compiler defines with the flags of `flags` and `more`, by name.
+
+    Raises:
+        BackendError: SS4201 without a compiler, SS4202 where it takes no such flags.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "empty.c").write_text("")
+        _run([find_compiler(), *flags(), *more, "-dM", "-E", "empty.c", "-o", "names.h"], work)
+        lines = (work / "names.h").read_text().splitlines()
+    words = [line.split(" ", 2)[1:] for line in lines if line.startswith("#define ")]
+    return {name: "".join(value) for name, *value in words}
+
+
 def _key(compiler: str, texts: Mapping[str, str]) -> str:
     names = (*HEADERS, *chain(*_PARTS))
     ours = [(HERE / name).read_text() for name in names]

@@ -16,7 +16,8 @@ from .groups import Placed
 from .kernels import Kernel, KernelWriter, Loop
 from .nodes import Node, Ref
 from .packing import is_packed, packed_bytes
-from .products import AXES, COLS, COLUMNS, FACTORS, PHASES, axes_of, grouping_of, sides_of
+from .products import AXES, COLUMNS, FACTORS, PHASES, axes_of, grouping_of, sides_of
+from .room import Extent, this_machine, thread_bytes
 from .sides import Digits, Frame, Numbers, Side, Sides, Windows, count_of, stride_of, written_out
 
 GIVEN = "b, batch, r0, c0, rows, cols, tile, stride"  # to an `ss_finish`
@@ -24,7 +25,6 @@ PARAMETERS = (
     "void *const *b, int64_t batch, int64_t r0, int64_t c0, int64_t rows,\n"
     "                     int64_t cols, const float *tile, int64_t stride"
 )
-ROWS, KC, MC, GROUP, TILES = 32, 384, 264, 4, 512 << 10  # at least those of gemm.c
 
 
 class ProductWriter(KernelWriter):
@@ -94,14 +94,18 @@ class ProductWriter(KernelWriter):
             if len(self.sides) > 1:
                 call = f"    {{\n{indent(call, '    ')}\n    }}"
             lines.append(call)
-        most = max(map(self._thread_bytes, self.sides))
+        machine = this_machine()
+        most = max(thread_bytes(machine, sides, self._extent(sides)) for sides in self.sides)
         return self._finish("\n".join(lines), self._helper(), used + packed + threads * most)
 
-    def _thread_bytes(self, sides: Sides) -> int:
-        """Scratch of one thread."""
-        rows, cols = self.sizes["row"], self.sizes["batch"] * (self._columns + COLS)
-        by_place = scratch_by_place(sides)
-        return scratch_of(rows, cols, sides.summed) if by_place is None else by_place
+    def _extent(self, sides: Sides) -> Extent:
+        if sides.windows is not None:
+            return Extent(1, count_of(sides.a.rows), count_of(sides.b.cols))
+        rows, order = self.sizes["row"], sides.order
+        if order is not None:
+            return Extent(order.matrices, rows, count_of(sides.b.cols))
+        grouping, _ = grouping_of(self.product.node.op)
+        return Extent(self.sizes["batch"], rows, self._columns, grouping)
 
     @property
     def _columns(self) -> int:
@@ -162,14 +166,13 @@ class ProductWriter(KernelWriter):
             return self._windows(sides, sides.windows)
         grouping, count = grouping_of(self.product.node.op)
         groups = f"        {grouping}, {count},\n" if count else ""
-        matrices, rows, columns = self.sizes["batch"], self.sizes["row"], self._columns
+        extent = self._extent(sides)
         a, b, order = sides.a, sides.b, sides.order
         lists, named = "", ""
         for name, digits in sides.lists().items():
             lists += f"    static const ss_digits {name} = {_digits(digits)};  // sizes, strides\n"
             named += f"        .{name} = &{name},\n"
         if order is not None:
-            matrices, columns = order.matrices, count_of(b.cols)
             lists += (
                 f"    static const ss_order order = {{{_digits(order.at)},"
                 f" {count_of(order.at)}, {order.count}}};  // of columns\n"
@@ -179,7 +182,7 @@ class ProductWriter(KernelWriter):
             named += "        .b_packed = 1,  // by ss_gemm_pack\n"
         return (
             f"{lists}    static const ss_gemm g = {{\n"
-            f"        {matrices}, {rows}, {columns}, {sides.summed},"
+            f"        {extent.matrices}, {extent.rows}, {extent.cols}, {sides.summed},"
             f" {FACTORS[a.ref.dtype]},  // matrices, rows, columns, summed\n"
             f"        {_strides(a)},  // A\n"
             f"        {_strides(b)},  // B\n"
@@ -190,7 +193,7 @@ class ProductWriter(KernelWriter):
     def _windows(self, sides: Sides, windows: Windows) -> str:
         packed = "        .b_packed = 1,\n" if packed_bytes(sides) else ""
         a_taps, b_taps = (", ".join(map(str, t)) or "0" for t in (windows.a_taps, windows.b_taps))
-        kind = FACTORS[sides.a.ref.dtype]
+        kind, extent = FACTORS[sides.a.ref.dtype], self._extent(sides)
         return (
             f"    static const int64_t a_taps[] = {{{a_taps}}}, b_taps[] = {{{b_taps}}};\n"
             f"    static const ss_windows windows = {{\n"
@@ -200,7 +203,7 @@ class ProductWriter(KernelWriter):
             f"  // where windows begin, how many make a row of the result\n"
             f"    }};\n"
             f"    static const ss_gemm g = {{\n"
-            f"        1, {count_of(sides.a.rows)}, {count_of(sides.b.cols)}, {sides.summed},"
+            f"        1, {extent.rows}, {extent.cols}, {sides.summed},"
             f" {kind},  // matrices, windows, columns, summed\n"
             f"        0, 0, 1,  // A\n"
             f"        {_strides(sides.b)},  // B\n"
@@ -208,34 +211,6 @@ class ProductWriter(KernelWriter):
             f"        .windows = &windows,\n{packed}"
             f"    }};"
         )
-
-
-def scratch_by_place(sides: Sides) -> int | None:
-    """What `scratch_of` gives of images by place; None of other products."""
-    rows, cols = count_of(sides.a.rows), count_of(sides.b.cols) + COLS
-    if sides.windows is not None:
-        return scratch_of(rows, cols, sides.summed, turned=True)
-    if sides.order is not None:
-        return scratch_of(rows, sides.order.matrices * cols, sides.summed, cols, turned=True)
-    return None
-
-
-def scratch_of(rows: int, cols: int, summed: int, least: int = COLS, turned: bool = False) -> int:
-    """Bytes that one thread of `ss_gemm_run` needs at most, on any machine.
-
-    Args:
-        rows: of one product.
-        cols: of all products that have one left side, each with its columns rounded up by `COLS`.
-        summed: the size of the dimension that is summed up.
-        least: columns of which the tiles wait for each other; all others may wait with them.
-        turned: whether the result is handed over turned or in another order.
-    """
-    block = min(summed + ROWS, KC)
-    rows = min(MC, rows + ROWS)
-    wait = cols if summed + ROWS > KC or least > COLS else min(cols, GROUP * COLS)
-    tiles = max(min(TILES // 4, rows * wait), min(rows, ROWS) * least)
-    handed = (tiles + tiles // rows * ROWS) * turned
-    return 4 * (GROUP * COLS * block + tiles + handed + rows * block) + 64
 
 
 def _plus(elements: int, ref: Ref) -> str:

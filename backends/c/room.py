@@ -1,0 +1,167 @@
+"""The scratch that gemm.c needs for a product, known before anything is compiled.
+
+What `shape_of` and `ss_gemm_scratch` of gemm.c compute, in Python: a test compares both on every
+instruction set. `Machine` is what the constants there depend on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import torch
+
+from .build import cached_text, defined_names, find_compiler, flags
+from .sides import Sides, count_of, stride_of
+
+BLOCK, MOST_ROWS = 384, 264  # KC and MC of gemm.c; what follows has the names that it has there
+GROUP, TILES, REUSED, FEW = 4, 512 << 10, 128, 48
+AMX_TILE, AMX_UNITS = 32, 16
+FLOAT = 4
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What compiled code multiplies with.
+
+    Attributes:
+        lanes: f32 in a vector.
+        pairs: whether pairs of bf16 are multiplied at once.
+        bytes: i8 that are.
+        amx: whether there may be tile registers.
+    """
+
+    lanes: int
+    pairs: bool
+    bytes: int
+    amx: bool
+
+    @classmethod
+    def of(cls, names: Mapping[str, str]) -> Machine:
+        """The machine for which a compiler defines these names."""
+        narrow = int(names.get("SS_NARROW", 16))
+        lanes = 4
+        if names.keys() >= {"__AVX2__", "__FMA__"} and narrow >= 8:
+            lanes = 8
+        if names.keys() >= {"__AVX512F__", "__AVX512BW__"} and narrow == 16:
+            lanes = 16
+        four = "__AVX512VNNI__" if lanes == 16 else "__AVXVNNI__"
+        return cls(
+            lanes,
+            lanes == 16 and "__AVX512BF16__" in names,
+            4 if lanes > 4 and four in names else 2,
+            "SS_EMULATE_AMX" in names or names.keys() >= {"__AMX_BF16__", "__linux__"},
+        )
+
+
+def this_machine() -> Machine:
+    """What the compiler, the processor and `$SHOESTRING_ISA` make it.
+
+    Raises:
+        BackendError: SS4201 without a compiler, SS4203 where the cache cannot be written, SS4204
+            where `$SHOESTRING_ISA` names no instruction set.
+    """
+    return _machine_of(find_compiler(), flags())
+
+
+@cache
+def _machine_of(*_: object) -> Machine:
+    text = cached_text("machine.json", lambda: json.dumps(asdict(Machine.of(defined_names()))))
+    return Machine(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A product as gemm.c is told of it.
+
+    Attributes:
+        matrices: of the batch.
+        rows, cols: of each.
+        grouping: a name of `ss_grouping`.
+    """
+
+    matrices: int
+    rows: int
+    cols: int
+    grouping: str = "SS_UNGROUPED"
+
+
+def thread_bytes(machine: Machine, sides: Sides, extent: Extent) -> int:
+    """Bytes that each thread needs; where tile registers may be refused, enough without them."""
+    tried = {False, machine.amx and sides.a.ref.dtype is torch.bfloat16}
+    return max(_scratch(machine, sides, extent, amx) for amx in tried)
+
+
+def _scratch(machine: Machine, sides: Sides, extent: Extent, amx: bool) -> int:
+    rows, vectors = {16: (8, 3), 8: (6, 2), 4: (4, 3)}[machine.lanes]
+    cols = vectors * machine.lanes
+    if amx:
+        rows = cols = AMX_TILE
+    elif vectors == 3 and _blocks(extent.cols, machine.lanes) == 4:
+        cols = 2 * machine.lanes
+    order, windows = sides.order, sides.windows
+    each = _elements(machine, sides.a.ref.dtype, amx)
+    units = _blocks(sides.summed, each)
+    if windows is not None:
+        units = _blocks(windows.channels, each) * len(windows.a_taps)
+    width = _blocks(units, AMX_UNITS) * AMX_UNITS if amx else units
+    shared = sides.a.batch == 0 and extent.grouping == "SS_UNGROUPED"
+    matrices = extent.matrices if shared else 1
+    if windows is not None or "a_sum" in sides.lists():
+        direct = _is_listed_in_place(machine, sides, amx, each)
+    elif amx:
+        direct = _is_in_words(sides, extent, each) and width == units
+    else:
+        few = extent.rows <= FEW or matrices * extent.cols < (REUSED if machine.lanes == 8 else 1e9)
+        direct = _is_in_words(sides, extent, each) and few
+    some, one = (
+        min(MOST_ROWS // rows, _blocks(extent.rows, rows)) * rows,
+        _blocks(extent.cols, cols),
+    )
+    if order is not None:
+        some = max(1, min(some, TILES // (FLOAT * one * cols)) // rows) * rows
+    fit, every = TILES // (FLOAT * some * cols), matrices * one
+    if order is not None:
+        panels = min(every, max(1, 1 if direct else fit // one) * one)
+    else:
+        panels = max(1, min(min(fit, GROUP) if width <= BLOCK else fit, every))
+    handed = 0
+    if windows is not None:
+        handed = panels * cols * _blocks(some, machine.lanes) * machine.lanes
+    elif order is not None:
+        handed = some * count_of(order.at)
+    packed = (rows if amx else 0) if direct else some
+    floats = (GROUP * cols + packed) * min(width, BLOCK) + panels * some * cols + handed
+    return _blocks(FLOAT * floats, ALIGNMENT) * ALIGNMENT
+
+
+def _elements(machine: Machine, dtype: torch.dtype, amx: bool) -> int:
+    """What a lane of one multiply-add takes of the sum."""
+    if dtype is torch.int8:
+        return machine.bytes
+    return 2 if amx or (machine.pairs and dtype is torch.bfloat16) else 1
+
+
+def _is_in_words(sides: Sides, extent: Extent, each: int) -> bool:
+    """Whether rows of the left side are units as they lie in memory."""
+    dtype = sides.a.ref.dtype
+    whole = sides.summed % each == 0 and extent.grouping != "SS_GROUPS_OF_SUM"
+    words = dtype is torch.float32 or (whole and each * dtype.itemsize == FLOAT)
+    return stride_of(sides.a.cols) == 1 and words
+
+
+def _is_listed_in_place(machine: Machine, sides: Sides, amx: bool, each: int) -> bool:
+    """The same of rows that begin where a list says."""
+    if amx or (sides.windows is None and machine.lanes == 8):
+        return False
+    if sides.a.ref.dtype is torch.float32 or each == 1:
+        return sides.a.ref.dtype is torch.float32
+    size, stride = sides.a.cols[-1] if sides.windows is None else (each, 1)
+    return stride == 1 and size % each == 0
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
