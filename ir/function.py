@@ -89,7 +89,9 @@ class Op:
     inputs: tuple[Value, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "inputs", tuple(operand_values(self.operands)))
+        plain = all(isinstance(o, Value) for o in self.operands)
+        values = self.operands if plain else tuple(operand_values(self.operands))
+        object.__setattr__(self, "inputs", values)
 
     @property
     def name(self) -> str:

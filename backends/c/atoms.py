@@ -22,7 +22,7 @@ class Atoms:
         self.sizes: list[int] = []
         self._link: dict[int, Run] = {}
         self._trail: list[int] = []
-        self._resolved: dict[Run, Run] = {}  # until the next tie, split or undo
+        self._resolved: dict[Run, Run] = {}  # until the next tie, split, undo or `forget`
 
     def fresh(self, size: int) -> Run:
         """A new dimension; none at all for size one."""
@@ -40,6 +40,10 @@ class Atoms:
         self._resolved.clear()
         while len(self._trail) > mark:
             del self._link[self._trail.pop()]
+
+    def forget(self) -> None:
+        """Drops what was found out of runs; another question finds it again."""
+        self._resolved.clear()
 
     def resolve(self, run: Iterable[int]) -> Run:
         """The run in terms of loops that are neither tied away nor split."""

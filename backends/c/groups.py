@@ -109,11 +109,14 @@ class Grouping:
         self.units: dict[int, Unit] = {}
         self.unit_of: dict[Node, int] = {}
         self.placed: dict[Node, Placed] = {}
-        self.readers: dict[Base, list[tuple[Ref, Placed]]] = {}
+        reductions = (n for n in work.nodes if n.work is Work.REDUCTION)
+        self.readers: dict[Base, list[tuple[Ref, Placed]]] = {
+            n.refs[0].base: [] for n in reductions
+        }
         self.fuse = fuse
         self.wide_readers = _wide_readers(work)
         self.heavy = [n.index for n in work.nodes if n.work in (Work.PRODUCT, Work.LIBRARY)]
-        self.placement = Placement(work)
+        self.placement = Placement.find(work)
         for node in work.nodes:
             self._add(node)
 
@@ -135,7 +138,8 @@ class Grouping:
             if node.work is Work.REDUCTION:
                 self._join_readers(node.refs[0], placed)
         for ref in node.refs:
-            self.readers.setdefault(ref.base, []).append((ref, placed))
+            if ref.base in self.readers:
+                self.readers[ref.base].append((ref, placed))
 
     def _mergeable(self, node: Node) -> list[Ref]:
         """What a node reads element by element: first what products make, the last of them first.
@@ -215,7 +219,7 @@ class Grouping:
 
     def _join_readers(self, ref: Ref, placed: Placed) -> None:
         """Merges a sum over rows with kernels that read the same elements in the same order."""
-        for other, reader in self.readers.get(ref.base, [])[-MAX_READERS:]:
+        for other, reader in self.readers[ref.base][-MAX_READERS:]:
             a, b = self.units[self.unit_of[reader.node]], self.units[self.unit_of[placed.node]]
             if a is b or other.layout != ref.layout or reads_whole(reader.node) or a.product:
                 continue

@@ -159,7 +159,7 @@ class _Emitter:
 
     def emit(self) -> Lowered:
         units = [u for u in self.order.units if u.nodes[0].node not in self.order.joins.nodes]
-        instructions = [self.instruction(u) for u in units]
+        instructions = list(map(self.instruction, units))
         copies = tuple(
             Copy(self.region(ref), self.whole(old), f"new {old.label}")
             for ref, old in self.order.late
@@ -178,8 +178,13 @@ class _Emitter:
         return Lowered(program, self.sources(), infos)
 
     def instruction(self, unit: Unit) -> Instruction:
-        if not unit.library:
-            return self.kernel_call(unit)
+        """What a unit becomes; nothing is left of its nodes, whose number may be large."""
+        made = self.library_instruction(unit) if unit.library else self.kernel_call(unit)
+        unit.nodes.clear()
+        self.grouping.atoms.forget()
+        return made
+
+    def library_instruction(self, unit: Unit) -> Instruction:
         node = unit.nodes[0].node
         found = claim(node)
         if isinstance(found, Claim):

@@ -169,6 +169,15 @@ class WorkList:
     def __post_init__(self) -> None:
         self.users = self.function.users()
 
+    def close(self) -> None:
+        """Drops what only the next op would have needed: a long program has much of it."""
+        ends = [p.value for p in self.function.params] + [o.value for o in self.function.outputs]
+        self.refs = {v: self.refs[v] for v in ends}
+        self.users.clear()
+        self.known.clear()
+        self.packed.clear()
+        self.constants.clear()
+
     def forget(self) -> None:
         """Unties nodes from what they make, so that memory is free without a search for cycles."""
         for base in self.bases:
@@ -517,6 +526,7 @@ def normalize(function: Function, refused: Mapping[Op, str] | None = None) -> Wo
         work.visit(op)
     work.settle()
     _write_in_place(work)
+    work.close()
     return work
 
 

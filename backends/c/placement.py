@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from .nodes import Base, Node, Work, WorkList
 
@@ -21,8 +22,31 @@ MOST_STEPS = 16  # nodes that wait together, as far as one looks back
 HELD = 1.5  # a late node keeps its operands: at most so many times the bytes of its result
 
 
+@dataclass(frozen=True)
 class Placement:
     """Places of nodes, and the epilogues of products."""
+
+    place: dict[Node, int]
+    epilogue: dict[Node, set[Node]]
+
+    @classmethod
+    def find(cls, work: WorkList) -> Placement:
+        found = _Search(work)
+        products = (n for n in work.nodes if n.work is Work.PRODUCT)
+        return cls(found.place, {n: found.epilogue(n) for n in products})
+
+    def follows(self, maker: Node, product: Node, reader: Node) -> bool:
+        """Whether a node may join a product's kernel, by what it reads of it."""
+        epilogue = self.epilogue[product]
+        return reader in epilogue or not (maker is product or maker in epilogue)
+
+    def of(self, node: Node) -> set[int]:
+        """The place that a node of a kernel is bound to; a small one goes anywhere."""
+        return {self.place[node]} if _numel(node) > SMALL else set()
+
+
+class _Search:
+    """What is known of nodes while their places are found."""
 
     def __init__(self, work: WorkList) -> None:
         self.nodes = {n.index: n for n in work.nodes}
@@ -50,17 +74,6 @@ class Placement:
         # Once more with what a first round has found.
         self.beside = {n for n in work.nodes if self._has_neighbours(n)}
         self._find_places(work)
-        products = [n for n in work.nodes if n.work is Work.PRODUCT]
-        self.epilogue = {n: self._epilogue(n) for n in products}
-
-    def follows(self, maker: Node, product: Node, reader: Node) -> bool:
-        """Whether a node may join a product's kernel, by what it reads of it."""
-        epilogue = self.epilogue[product]
-        return reader in epilogue or not (maker is product or maker in epilogue)
-
-    def of(self, node: Node) -> set[int]:
-        """The place that a node of a kernel is bound to; a small one goes anywhere."""
-        return {self.place[node]} if _numel(node) > SMALL else set()
 
     def _find_places(self, work: WorkList) -> None:
         self.place = {}
@@ -142,7 +155,7 @@ class Placement:
 
     # -- epilogues -----------------------------------------------------------------------------
 
-    def _epilogue(self, product: Node) -> set[Node]:
+    def epilogue(self, product: Node) -> set[Node]:
         """The nodes that may follow a product in its kernel; all those that can, or none."""
         found = {product}
         self._follow(product, found)

@@ -72,7 +72,8 @@ def step(data: st.DataObject, b: Builder, values: list[Value], loc: Loc) -> None
         lambda: b.emit("aten.sub.Tensor", x, n, loc=loc),
         lambda: b.emit("aten.mul.Tensor", x, n, loc=loc),
         lambda: b.emit("aten.div.Tensor", x, n, loc=loc),
-        lambda: b.emit("aten.pow.Tensor_Scalar", x, exponent=n, loc=loc),
+        # Of a bool as exponent PyTorch's rule and its kernel give different types.
+        lambda: b.emit("aten.pow.Tensor_Scalar", x, exponent=+n, loc=loc),
         lambda: b.emit(
             "aten._to_copy.default", x, dtype=data.draw(st.sampled_from(DTYPES)), loc=loc
         ),
