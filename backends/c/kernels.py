@@ -394,7 +394,7 @@ class KernelWriter:
         """The name of an element that is loaded before the innermost loop."""
         name = ahead.names.get(element)
         if name is None:
-            name = ahead.names[element] = f"s{self.loaded}"
+            name = ahead.names[element] = f"h{self.loaded}"
             line = f"const {REGISTER[dtype]} {name} = {element};"
             self.text.insert(ahead.at, line, ahead.depth)
             ahead.at, self.loaded = ahead.at + 1, self.loaded + 1

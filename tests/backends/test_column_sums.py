@@ -58,6 +58,18 @@ def test_sum_and_mean_beside_pointwise_work() -> None:
     check(f, randn((9, 30, 77)), randn((9, 30, 77)), loose=20)
 
 
+def test_many_numbers_of_each_row() -> None:
+    """What is loaded ahead of a loop over columns has names of its own, beside the sums'."""
+
+    def f(x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Any:
+        y = x * a
+        z = y * b
+        return y.sum(0), z, z.sum(0), (z * c).exp().sum(0)
+
+    rows = [randn((100, 1)) for _ in range(3)]
+    check(f, randn((100, 66)), *rows, loose=20)
+
+
 def test_columns_of_two_dimensions() -> None:
     def f(x: Tensor, w: Tensor) -> Any:
         y = torch.exp(x) * w
