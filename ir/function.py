@@ -89,9 +89,8 @@ class Op:
     inputs: tuple[Value, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        plain = all(isinstance(o, Value) for o in self.operands)
-        values = self.operands if plain else tuple(operand_values(self.operands))
-        object.__setattr__(self, "inputs", values)
+        values = tuple(operand_values(self.operands))
+        object.__setattr__(self, "inputs", self.operands if values == self.operands else values)
 
     @property
     def name(self) -> str:
