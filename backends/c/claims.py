@@ -45,13 +45,14 @@ Orders = tuple[tuple[int, ...], ...]
 
 def claim(node: Node) -> Claim | str | None:
     """The C for a library node, or why there is none; None where nobody knows the op."""
-    from . import attention, copies, packing, pooling, rows
+    from . import attention, copies, losses, packing, pooling, rows
 
     claimers: tuple[Claimer, ...] = (
         attention.claim,
         rows.claim,
         copies.claim,
         pooling.claim,
+        losses.claim,
         packing.claim,
     )
     return next((found for c in claimers if (found := c(node)) is not None), None)

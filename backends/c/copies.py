@@ -1,4 +1,4 @@
-"""Ops that only move elements: concatenations and the gradient of a slice, as C.
+"""Ops that only move elements: concatenations, padding and the gradient of a slice, as C.
 
 Each piece of the result is filled by loops over dimensions that are merged where both sides of the
 copy allow it.
@@ -6,26 +6,31 @@ copy allow it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+import torch
 
 from shoestring.ir import Op
 
 from .claims import Claim, comment_of
-from .expressions import MEMORY
+from .expressions import MEMORY, number, store
 from .layout import Layout, first_of_slice, row_major
 from .nodes import Node, Ref
 
+PAD = "aten.constant_pad_nd.default"
 PARALLEL = 1 << 16  # elements below which one thread is faster
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the result, and where its elements are: pointer `source`; None for zeros."""
+    """A part of the result: elements of pointer `source`, or `fill` throughout."""
 
     target: Layout
     source: int | None
     layout: Layout
+    fill: bool | int | float = 0
 
 
 def claim(node: Node) -> Claim | str | None:
@@ -38,6 +43,10 @@ def claim(node: Node) -> Claim | str | None:
         return "elements of several types, or of one that C lacks"
     if not all(out.shape):
         return "nothing to move"
+    if node.op.name == PAD and min(node.op.attr("pad"), default=0) < 0:
+        return "a part is cut off"
+    if node.op.name == PAD and not _holds(out.dtype, node.op.attr("value") or 0):
+        return "padding that the type of the elements does not hold"
     pieces = [p for p in writer(node.op, refs, row_major(out.shape)) if p.target.numel]
     used = sorted({p.source for p in pieces if p.source is not None})
     pointers = (*(refs[i] for i in used), Ref(out, row_major(out.shape)))
@@ -45,13 +54,13 @@ def claim(node: Node) -> Claim | str | None:
     lines = [f"const {kind} *restrict p{i} = b[{at}];" for at, i in enumerate(used)]
     lines += [f"{kind} *restrict out = b[{len(used)}];"]
     for piece in pieces:
-        lines += _loops(piece)
+        lines += _loops(piece, out.dtype)
     stem = node.op.name.split(".")[1]
     comment = comment_of(stem, node)
     return Claim(stem, comment, "\n".join(f"    {x}" for x in lines), pointers, (len(used),))
 
 
-def _loops(piece: Piece) -> Iterator[str]:
+def _loops(piece: Piece, dtype: torch.dtype) -> Iterator[str]:
     """The copy of one piece, the innermost loop contiguous in the result."""
     dims = _merged(piece)
     if piece.target.numel > PARALLEL:
@@ -60,7 +69,9 @@ def _loops(piece: Piece) -> Iterator[str]:
         yield f"{'    ' * i}for (int64_t i{i} = 0; i{i} < {size}; i{i}++)"
     target = _place([(t, i) for i, (_, t, _) in enumerate(dims)], piece.target.offset)
     source = _place([(s, i) for i, (_, _, s) in enumerate(dims)], 0)
-    value = "0" if piece.source is None else f"p{piece.source}[{source}]"
+    value = f"p{piece.source}[{source}]"
+    if piece.source is None:
+        value = store(number(piece.fill, dtype), dtype)
     yield f"{'    ' * len(dims)}out[{target}] = {value};"
 
 
@@ -88,8 +99,8 @@ def _part(out: Layout, dim: int, start: int, size: int) -> Layout:
     return Layout(shape, out.strides, out.offset + start * out.strides[dim])
 
 
-def _zeros(target: Layout) -> Piece:
-    return Piece(target, None, Layout(target.shape, (0,) * len(target.shape)))
+def _filled(target: Layout, fill: bool | int | float = 0) -> Piece:
+    return Piece(target, None, Layout(target.shape, (0,) * len(target.shape)), fill)
 
 
 def _cat(op: Op, refs: list[Ref], out: Layout) -> Iterator[Piece]:
@@ -115,19 +126,43 @@ def _slice_backward(op: Op, refs: list[Ref], out: Layout) -> Iterator[Piece]:
     size, count = out.shape[dim], grad.shape[dim]
     start = first_of_slice(op, size)
     if step != 1:
-        yield _zeros(out)
+        yield _filled(out)
         strides = list(out.strides)
         offset = out.offset + start * strides[dim]
         strides[dim] *= step
         yield Piece(Layout(grad.shape, tuple(strides), offset), 0, grad.layout)
         return
-    yield _zeros(_part(out, dim, 0, start))
+    yield _filled(_part(out, dim, 0, start))
     yield Piece(_part(out, dim, start, count), 0, grad.layout)
-    yield _zeros(_part(out, dim, start + count, size - start - count))
+    yield _filled(_part(out, dim, start + count, size - start - count))
+
+
+def _holds(dtype: torch.dtype, number: complex) -> bool:
+    """Whether a number is one of a type's, be it after rounding."""
+    if isinstance(number, complex):
+        return False
+    if dtype.is_floating_point or dtype is torch.bool:
+        return True
+    limits = torch.iinfo(dtype)
+    return math.isfinite(number) and limits.min <= int(number) <= limits.max
+
+
+def _pad(op: Op, refs: list[Ref], out: Layout) -> Iterator[Piece]:
+    """Slab by slab, the last dimension first, as `pad` has them."""
+    (x,), pad, fill = refs, op.attr("pad"), op.attr("value") or 0
+    rank = len(out.shape)
+    for i in range(0, len(pad), 2):
+        dim, before = rank - 1 - i // 2, pad[i]
+        size = x.shape[dim]
+        yield _filled(_part(out, dim, 0, before), fill)
+        yield _filled(_part(out, dim, before + size, pad[i + 1]), fill)
+        out = _part(out, dim, before, size)
+    yield Piece(out, 0, x.layout)
 
 
 PIECES: dict[str, Callable[[Op, list[Ref], Layout], Iterator[Piece]]] = {
     "aten.cat.default": _cat,
     "aten.stack.default": _stack,
     "aten.slice_backward.default": _slice_backward,
+    PAD: _pad,
 }

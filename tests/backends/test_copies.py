@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -29,6 +30,26 @@ def run(f: Callable[..., Tensor], *tensors: Tensor) -> bool:
 
 def numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return (torch.randn(shape) * 9).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padding(dtype: torch.dtype) -> None:
+    """One and several dimensions, a view, a value that is rounded, and nothing to pad."""
+    x = numbers((3, 5, 4), dtype)
+    fill = {torch.bool: True, torch.int8: -100, torch.int64: -(1 << 40)}.get(dtype, 1 / 3)
+    assert run(lambda x: aten.constant_pad_nd(x, [0, 1], fill), x)
+    assert run(lambda x: aten.constant_pad_nd(x, [2, 0, 0, 3], 0), x)
+    assert run(lambda x: aten.constant_pad_nd(x.transpose(0, 2), [1, 2, 3, 4, 5, 6], fill), x)
+    assert run(lambda x: aten.constant_pad_nd(x[:, 1:3], [0, 0, 1, 1], fill), x)
+    assert run(lambda x: aten.constant_pad_nd(x + x, [0, 0, 0, 0], fill), x)
+    run(lambda x: aten.constant_pad_nd(x, [-1, 2, 0, -2], fill), x)
+    run(lambda x: aten.constant_pad_nd(x[:0], [1, 1, 0, 0, 1, 0], fill), x)
+
+
+@pytest.mark.parametrize("fill", [math.inf, -math.inf, math.nan, -0.0])
+def test_padding_with_special_numbers(fill: float) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        assert run(lambda x: aten.constant_pad_nd(x, [1, 1], fill), numbers((2, 3), dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
