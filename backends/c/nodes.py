@@ -219,7 +219,7 @@ class WorkList:
     # -- one op --------------------------------------------------------------------------------
 
     def visit(self, op: Op) -> None:
-        if self.view(op) or self.fold(op) or self.widen(op):
+        if self.view(op) or self.fold(op) or self.widen(op) or self.regular(op):
             return
         if is_product(op) and op not in self.refused:
             self.product(op)
@@ -327,6 +327,33 @@ class WorkList:
         if source.dtype not in HALVES or source.layout.numel == 0:
             return False
         self.refs[op.result] = Ref(source.base, source.layout, torch.float32)
+        return True
+
+    def regular(self, op: Op) -> bool:
+        """Elements at known positions that strides express: a view. False for other ops.
+
+        So it is with masks that a model reads by the numbers of its rows and columns.
+        """
+        if op.name != "aten.index.Tensor" or op.result.type.numel == 0:
+            return False
+        source, shape = self.refs[op.inputs[0]], op.result.type.static_shape
+        places = op.operands[1]
+        assert isinstance(places, tuple), "a list of positions"
+        rank = max((v.type.rank for v in places if v is not None), default=0)
+        strides, offset = [0] * rank, source.layout.offset
+        for v, size, stride in zip(places, source.shape, source.layout.strides, strict=False):
+            known = None if v is None else self.known.get(v)
+            steps = None if known is None else _steps(known, size)
+            if steps is None:
+                return False
+            offset += steps[0] * stride
+            for d, step in enumerate(steps[1:], rank - len(steps) + 1):
+                strides[d] += step * stride
+        behind = source.layout.strides[len(places) :]
+        if len(strides) + len(behind) != len(shape):
+            return False  # PyTorch's rule errs where the last positions have no dimension
+        layout = Layout(shape, (*strides, *behind), offset)
+        self.refs[op.result] = Ref(source.base, layout, source.wide)
         return True
 
     def begin_sum(self, product: Op) -> None:
@@ -465,6 +492,25 @@ class WorkList:
         walked = zip(row_major(shape).strides, repeated, strict=True)
         strides = tuple(0 if again else s for s, again in walked)
         return Ref(self.constants[key], Layout(tuple(known.shape), strides))
+
+
+def _steps(places: torch.Tensor, size: int) -> list[int] | None:
+    """The first of some positions, and how far it is to the next along each dimension.
+
+    None where steps differ or go back, and where one is outside of `size` or is no number.
+    """
+    if places.dtype not in (torch.int64, torch.int32):
+        return None
+    first = int(places.flatten()[0])
+    grid = torch.full((), first, dtype=places.dtype)
+    steps: list[int] = []
+    for d, n in enumerate(places.shape):
+        steps.append(int(places.diff(dim=d).flatten()[0]) if n > 1 else 0)
+        behind = (1,) * (places.dim() - d - 1)
+        grid = grid + (torch.arange(n, dtype=places.dtype) * steps[-1]).view(n, *behind)
+    last = first + sum(step * (n - 1) for step, n in zip(steps, places.shape, strict=True))
+    even = min(first, *steps, 0) >= 0 and last < size and torch.equal(grid, places)
+    return [first, *steps] if even else None
 
 
 def _once(t: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shoestring.backends.c import CExecutable
+from shoestring.backends.instructions import CallKernel
 
 from .helpers import compare, traced
 
@@ -71,3 +72,41 @@ def test_a_number_that_a_library_reads_takes_memory_during_the_step_only() -> No
     executable = run(lambda x: aten.grid_sampler_2d(x, aten.zeros([2, 50, 50, 2]), 0, 0, False),
                      torch.randn(2, 3, 9, 9))  # fmt: skip
     assert sizes(executable) == []
+
+
+def index(x: Tensor, *places: Tensor) -> Tensor:
+    found: Tensor = aten.index(x, list(places))
+    return found
+
+
+def test_known_positions_in_even_steps_are_a_view() -> None:
+    """As the masks of BERT: by the numbers of rows and columns; also strided, turned, diagonal."""
+    n = torch.arange
+    cases: list[Callable[[Tensor], Tensor]] = [
+        lambda x: index(x, n(6).view(6, 1, 1), n(5)),
+        lambda x: index(x, n(1, 6, 2).view(3, 1), n(0, 5, 4)),
+        lambda x: index(x, n(6), n(5).view(5, 1)),
+        lambda x: index(x, n(5), n(5)),
+        lambda x: index(x, n(5).view(5, 1) + n(2), n(5).view(5, 1)),
+        lambda x: index(x.t(), n(3, 5)),
+        lambda x: index(x[1:], n(2).view(2, 1), torch.full((1,), 4)),
+        lambda x: index(x, torch.zeros(2, 3, dtype=torch.int64), n(3, dtype=torch.int32)),
+    ]
+    for f in cases:
+        for x in (torch.randn(6, 5, 3), torch.randn(6, 5, 3).bfloat16(), torch.randn(6, 5, 3) > 0):
+            executable = run(lambda x, f=f: f(x if f is not cases[5] else x[..., 0]).clone(), x)
+            (kernel,) = executable.instructions
+            assert isinstance(kernel, CallKernel) and kernel.ops == ("aten.clone.default",)
+
+
+def test_known_positions_in_no_even_steps_are_gathered() -> None:
+    n = torch.arange
+    odd: list[Callable[[], Tensor]] = [
+        lambda: n(3) * n(3),
+        lambda: n(-1, 1),
+        lambda: 3 - n(3),
+        lambda: n(2).view(2, 1) * n(1, 3),
+        lambda: n(0),
+    ]
+    for places in odd:
+        run(lambda x, places=places: index(x, places()) * 2, torch.randn(6, 5))
