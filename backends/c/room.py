@@ -69,6 +69,7 @@ def this_machine() -> Machine:
 
 @cache
 def _machine_of(*_: object) -> Machine:
+    """Of the compiler and the flags in use, which are the key of this cache."""
     text = cached_text("machine.json", lambda: json.dumps(asdict(Machine.of(defined_names()))))
     return Machine(**json.loads(text))
 
@@ -92,50 +93,66 @@ class Extent:
 def thread_bytes(machine: Machine, sides: Sides, extent: Extent) -> int:
     """Bytes that each thread needs; where tile registers may be refused, enough without them."""
     tried = {False, machine.amx and sides.a.ref.dtype is torch.bfloat16}
-    return max(_scratch(machine, sides, extent, amx) for amx in tried)
+    return max(_Shape(machine, sides, extent, amx).nbytes for amx in tried)
 
 
-def _scratch(machine: Machine, sides: Sides, extent: Extent, amx: bool) -> int:
-    rows, vectors = {16: (8, 3), 8: (6, 2), 4: (4, 3)}[machine.lanes]
-    cols = vectors * machine.lanes
-    if amx:
-        rows = cols = AMX_TILE
-    elif vectors == 3 and _blocks(extent.cols, machine.lanes) == 4:
-        cols = 2 * machine.lanes
-    order, windows = sides.order, sides.windows
-    each = _elements(machine, sides.a.ref.dtype, amx)
-    units = _blocks(sides.summed, each)
-    if windows is not None:
-        units = _blocks(windows.channels, each) * len(windows.a_taps)
-    width = _blocks(units, AMX_UNITS) * AMX_UNITS if amx else units
-    shared = sides.a.batch == 0 and extent.grouping == "SS_UNGROUPED"
-    matrices = extent.matrices if shared else 1
-    if windows is not None or "a_sum" in sides.lists():
-        direct = _is_listed_in_place(machine, sides, amx, each)
-    elif amx:
-        direct = _is_in_words(sides, extent, each) and width == units
-    else:
-        few = extent.rows <= FEW or matrices * extent.cols < (REUSED if machine.lanes == 8 else 1e9)
-        direct = _is_in_words(sides, extent, each) and few
-    some, one = (
-        min(MOST_ROWS // rows, _blocks(extent.rows, rows)) * rows,
-        _blocks(extent.cols, cols),
-    )
-    if order is not None:
-        some = max(1, min(some, TILES // (FLOAT * one * cols)) // rows) * rows
-    fit, every = TILES // (FLOAT * some * cols), matrices * one
-    if order is not None:
-        panels = min(every, max(1, 1 if direct else fit // one) * one)
-    else:
-        panels = max(1, min(min(fit, GROUP) if width <= BLOCK else fit, every))
-    handed = 0
-    if windows is not None:
-        handed = panels * cols * _blocks(some, machine.lanes) * machine.lanes
-    elif order is not None:
-        handed = some * count_of(order.at)
-    packed = (rows if amx else 0) if direct else some
-    floats = (GROUP * cols + packed) * min(width, BLOCK) + panels * some * cols + handed
-    return _blocks(FLOAT * floats, ALIGNMENT) * ALIGNMENT
+class _Shape:
+    """`shape_of` of gemm.c.
+
+    Attributes:
+        rows, cols: of a tile.
+        width: units of the sum, padded.
+        direct: whether the left side is read where it is.
+        some: rows that share a panel.
+        panels: of which the tiles wait together for the next block of the sum.
+    """
+
+    def __init__(self, machine: Machine, sides: Sides, extent: Extent, amx: bool) -> None:
+        self.machine, self.sides, self.amx = machine, sides, amx
+        self.rows, vectors = {16: (8, 3), 8: (6, 2), 4: (4, 3)}[machine.lanes]
+        self.cols = vectors * machine.lanes
+        if amx:
+            self.rows = self.cols = AMX_TILE
+        elif vectors == 3 and _blocks(extent.cols, machine.lanes) == 4:
+            self.cols = 2 * machine.lanes
+        each, windows = _elements(machine, sides.a.ref.dtype, amx), sides.windows
+        units = _blocks(sides.summed, each)
+        if windows is not None:
+            units = _blocks(windows.channels, each) * len(windows.a_taps)
+        self.width = _blocks(units, AMX_UNITS) * AMX_UNITS if amx else units
+        shared = sides.a.batch == 0 and extent.grouping == "SS_UNGROUPED"
+        matrices = extent.matrices if shared else 1
+        if windows is not None or "a_sum" in sides.lists():
+            self.direct = _is_listed_in_place(machine, sides, amx, each)
+        else:
+            few = extent.rows <= FEW or matrices * extent.cols < REUSED or machine.lanes != 8
+            self.direct = _is_in_words(sides, extent, each)
+            self.direct = self.direct and (self.width == units if amx else few)
+        one = _blocks(extent.cols, self.cols)
+        self.some = min(MOST_ROWS // self.rows, _blocks(extent.rows, self.rows)) * self.rows
+        if sides.order is not None:
+            most = TILES // (FLOAT * one * self.cols)
+            self.some = max(1, min(self.some, most) // self.rows) * self.rows
+        self.panels = self._panels(one, one * matrices)
+
+    def _panels(self, one: int, every: int) -> int:
+        """How many wait; of columns in another order, all `one` of a matrix at least."""
+        fit = TILES // (FLOAT * self.some * self.cols)
+        if self.sides.order is not None:
+            return min(every, max(1, 1 if self.direct else fit // one) * one)
+        return max(1, min(min(fit, GROUP) if self.width <= BLOCK else fit, every))
+
+    @property
+    def nbytes(self) -> int:
+        """`ss_gemm_scratch`: panels, rows that are packed, tiles, and these as handed over."""
+        packed = (self.rows if self.amx else 0) if self.direct else self.some
+        tiles, handed, lanes = self.panels * self.some * self.cols, 0, self.machine.lanes
+        if self.sides.windows is not None:
+            handed = self.panels * self.cols * _blocks(self.some, lanes) * lanes
+        elif self.sides.order is not None:
+            handed = self.some * count_of(self.sides.order.at)
+        floats = (GROUP * self.cols + packed) * min(self.width, BLOCK) + tiles + handed
+        return _blocks(FLOAT * floats, ALIGNMENT) * ALIGNMENT
 
 
 def _elements(machine: Machine, dtype: torch.dtype, amx: bool) -> int:
