@@ -45,7 +45,7 @@ def claim(node: Node) -> Claim | str | None:
         return "nothing to move"
     if node.op.name == PAD and min(node.op.attr("pad"), default=0) < 0:
         return "a part is cut off"
-    if node.op.name == PAD and not _holds(out.dtype, node.op.attr("value") or 0):
+    if node.op.name == PAD and not _holds(out.dtype, _padding(node.op)):
         return "padding that the type of the elements does not hold"
     pieces = [p for p in writer(node.op, refs, row_major(out.shape)) if p.target.numel]
     used = sorted({p.source for p in pieces if p.source is not None})
@@ -137,6 +137,12 @@ def _slice_backward(op: Op, refs: list[Ref], out: Layout) -> Iterator[Piece]:
     yield _filled(_part(out, dim, start + count, size - start - count))
 
 
+def _padding(op: Op) -> bool | int | float:
+    """What is put around: zeros where nothing is given, and -0.0 where that is."""
+    given: bool | int | float | None = op.attr("value")
+    return 0 if given is None else given
+
+
 def _holds(dtype: torch.dtype, number: complex) -> bool:
     """Whether a number is one of a type's, be it after rounding."""
     if isinstance(number, complex):
@@ -149,7 +155,7 @@ def _holds(dtype: torch.dtype, number: complex) -> bool:
 
 def _pad(op: Op, refs: list[Ref], out: Layout) -> Iterator[Piece]:
     """Slab by slab, the last dimension first, as `pad` has them."""
-    (x,), pad, fill = refs, op.attr("pad"), op.attr("value") or 0
+    (x,), pad, fill = refs, op.attr("pad"), _padding(op)
     rank = len(out.shape)
     for i in range(0, len(pad), 2):
         dim, before = rank - 1 - i // 2, pad[i]

@@ -49,7 +49,9 @@ def test_padding(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("fill", [math.inf, -math.inf, math.nan, -0.0])
 def test_padding_with_special_numbers(fill: float) -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        assert run(lambda x: aten.constant_pad_nd(x, [1, 1], fill), numbers((2, 3), dtype))
+        x = numbers((2, 3), dtype)
+        assert run(lambda x: aten.constant_pad_nd(x, [1, 1], fill), x)
+        assert run(lambda x: aten.constant_pad_nd(x, [1, 1], fill).signbit(), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
