@@ -88,7 +88,7 @@ def collecting_by_phase() -> Generator[Callable[[], None]]:
 
     For work that makes many objects which stay. Python's garbage collector would look through all
     that there are again and again; it is off, and the function looks only through those made
-    inside. Where somebody froze objects before, which must stay frozen, it does nothing.
+    inside. Where somebody froze objects before, which must stay frozen, it drops sources only.
     """
     was_enabled, may_freeze = gc.isenabled(), gc.get_freeze_count() == 0
     gc.disable()

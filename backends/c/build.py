@@ -229,12 +229,11 @@ def cached_text(name: str, make: Callable[[], str]) -> str:
     Raises:
         BackendError: SS4201 without a compiler, SS4203 where the cache cannot be written.
     """
-    key = _key(find_compiler(), {name: name})
-    return (_cached(key, name, lambda work: _write(work / name, make())).path).read_text()
 
+    def write(work: Path) -> None:
+        (work / name).write_text(make())
 
-def _write(file: Path, text: str) -> None:
-    file.write_text(text)
+    return _cached(_key(find_compiler(), {name: name}), name, write).path.read_text()
 
 
 def defined_names(*more: str) -> dict[str, str]:

@@ -58,6 +58,11 @@ def claim(node: Node) -> Claim | str | None:
     return next((found for c in claimers if (found := c(node)) is not None), None)
 
 
+def fork(elements: int, least: int) -> str:
+    """The line before a loop that threads share, where it does more than `least` elements."""
+    return "#pragma omp parallel for schedule(static)\n" if elements > least else ""
+
+
 def comment_of(what: str, node: Node) -> str:
     """A kernel's comment: what it does, and to which of the user's values."""
     out = node.outs[0]

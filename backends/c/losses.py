@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .claims import Claim, comment_of
+from .claims import Claim, comment_of, fork
 from .expressions import MEMORY
 from .layout import row_major
 from .nodes import Node, Ref
@@ -17,7 +17,6 @@ BACKWARD = "aten.nll_loss_backward.default"
 TYPES = (torch.float32, torch.float64)
 MOST_ROWS = 1 << 16  # that one thread adds up
 PARALLEL = 1 << 16  # elements of a gradient below which one thread is faster
-FORK = "#pragma omp parallel for schedule(static)\n"
 NONE, MEAN = 0, 1  # of `reduction`
 
 
@@ -82,7 +81,7 @@ def _backward(node: Node, x: Ref, target: Ref, weight: Ref | None) -> Claim:
     const {kind} *restrict grad = b[0], *restrict total = b[1];
     const int64_t *restrict target = b[2];
     {kind} *restrict out = b[3];
-{_weights(weight, 4)}{FORK if rows * classes > PARALLEL else ""}\
+{_weights(weight, 4)}{fork(rows * classes, PARALLEL)}\
     for (int64_t t = 0; t < {rows}; t++) {{
         {kind} *restrict row = out + t * {classes};
         for (int64_t j = 0; j < {classes}; j++) row[j] = 0;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -107,6 +106,20 @@ def _stored(work: WorkList, grouping: Grouping) -> set[Base]:
 
 
 @dataclass
+class _CFunction:
+    """Kernels of equal text: their name, the first of them, and how many they are."""
+
+    name: str
+    first: Kernel
+    calls: int = 0
+
+    def written(self, text: str) -> str:
+        """The text that they have, under their name."""
+        many = f"// called {self.calls} times; named here as in the first call\n"
+        return f"{many * (self.calls > 1)}{self.first.comment}\n{text.replace('@', self.name)}"
+
+
+@dataclass
 class _Emitter:
     function: Function
     work: WorkList
@@ -117,9 +130,7 @@ class _Emitter:
     arena: list[Buffer] = field(default_factory=list[Buffer])
     extra: list[Buffer] = field(default_factory=list[Buffer])
     constants: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
-    names: dict[str, str] = field(default_factory=dict[str, str])
-    first: dict[str, Kernel] = field(default_factory=dict[str, Kernel])
-    calls: Counter[str] = field(default_factory=Counter[str])
+    functions: dict[str, _CFunction] = field(default_factory=dict[str, _CFunction])
 
     def __post_init__(self) -> None:
         self.known = set(self.function.values)
@@ -171,10 +182,7 @@ class _Emitter:
             tuple(instructions),
             copies, outputs, tuple(self.constants), plan,
         )  # fmt: skip
-        infos = [
-            KernelInfo(self.names[body], kernel.ops, self.calls[body])
-            for body, kernel in self.first.items()
-        ]
+        infos = [KernelInfo(f.name, f.first.ops, f.calls) for f in self.functions.values()]
         return Lowered(program, self.sources(), infos)
 
     def instruction(self, unit: Unit) -> Instruction:
@@ -218,11 +226,12 @@ class _Emitter:
 
     def name_of(self, kernel: Kernel) -> str:
         """The C function's name; kernels of equal text share one."""
-        if kernel.text not in self.names:
-            self.names[kernel.text] = f"k{len(self.names)}_{kernel.stem}"
-        self.first.setdefault(kernel.text, kernel)
-        self.calls[kernel.text] += 1
-        return self.names[kernel.text]
+        found = self.functions.get(kernel.text)
+        if found is None:
+            found = _CFunction(f"k{len(self.functions)}_{kernel.stem}", kernel)
+            self.functions[kernel.text] = found
+        found.calls += 1
+        return found.name
 
     def operand(self, operand: NodeOperand) -> RegionOperand:
         if isinstance(operand, Ref):
@@ -253,7 +262,7 @@ class _Emitter:
 
     def scratch(self, kernel: Kernel) -> Region:
         """Memory that one call of a kernel needs beside what it reads and writes."""
-        name = self.names[kernel.text]
+        name = self.functions[kernel.text].name
         buffer = Buffer(Space.ARENA, len(self.arena), kernel.scratch, f"scratch of {name}")
         self.arena.append(buffer)
         self.extra.append(buffer)
@@ -309,18 +318,13 @@ class _Emitter:
     def sources(self) -> list[str]:
         """The kernels as C files of about equal length, comments not counted: those change with
         every line that the user adds."""
-        parts: list[list[str]] = [[] for _ in range(min(SOURCE_FILES, len(self.names)))]
+        parts: list[list[str]] = [[] for _ in range(min(SOURCE_FILES, len(self.functions)))]
         lengths = [0] * len(parts)
-        for body, name in self.names.items():
+        for body, function in self.functions.items():
             shortest = lengths.index(min(lengths))
-            parts[shortest].append(self._function(body, name))
+            parts[shortest].append(function.written(body))
             lengths[shortest] += len(body)
         return [_file("\n".join(part)) for part in parts]
-
-    def _function(self, body: str, name: str) -> str:
-        count = self.calls[body]
-        more = f"// called {count} times; named here as in the first call\n" if count > 1 else ""
-        return f"{more}{self.first[body].comment}\n{body.replace('@', name)}"
 
 
 def _kind(unit: Unit) -> str:

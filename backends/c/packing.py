@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 from shoestring.ir import DTYPE_NAMES, Function, Op, Value
 
+from ..memory import aligned
 from .claims import Claim
 from .convolutions import role_of
 from .layout import row_major
 from .products import COLS, FACTORS, GROUPED, is_product, matrices_of
-from .sides import ALIGNMENT, Sides, count_of
+from .sides import Sides, count_of
 
 if TYPE_CHECKING:
     from .nodes import Node, Ref
@@ -54,7 +55,7 @@ def packed_bytes(sides: Sides) -> int:
     if sides.windows is None or count_of(sides.a.rows) <= FEW_WINDOWS:
         return 0
     room = 4 * packed_floats((sides.summed, count_of(sides.b.cols)))
-    return -(-room // ALIGNMENT) * ALIGNMENT if room <= MOST_PACKED else 0
+    return aligned(room) if room <= MOST_PACKED else 0
 
 
 def is_packed(side: Ref) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from shoestring.ir import Op
 
-from .claims import Claim, comment_of
+from .claims import Claim, comment_of, fork
 from .expressions import MEMORY, REGISTER, load, rounded, store
 from .layout import row_major
 from .nodes import Base, Node, Ref
@@ -69,7 +69,7 @@ def _scatter(grad: Ref, out: Base) -> str:
     const {kind} *restrict grad = b[0];
     const int64_t *restrict places = b[1];
     {kind} *restrict out = b[2];
-{_fork(planes * count)}    for (int64_t plane = 0; plane < {planes}; plane++) {{
+{fork(planes * count, PARALLEL)}    for (int64_t plane = 0; plane < {planes}; plane++) {{
         {kind} *restrict image = out + plane * {size};
         const {kind} *restrict from = grad + plane * {count};
         const int64_t *restrict place = places + plane * {count};
@@ -79,10 +79,6 @@ def _scatter(grad: Ref, out: Base) -> str:
             if (at < {size}) image[at] = {store(rounded(total, out.dtype), out.dtype)};
         }}
     }}"""
-
-
-def _fork(results: int) -> str:
-    return "#pragma omp parallel for schedule(static)\n" if results > PARALLEL else ""
 
 
 def _pair(given: list[int] | tuple[int, ...]) -> tuple[int, int]:
@@ -122,7 +118,7 @@ def _body(op: Op, x: Ref, shape: tuple[int, ...]) -> str:
     const {kind} *restrict x = b[0];
     {kind} *restrict values = b[1];
     int64_t *restrict places = b[2];
-{_fork(planes * rows * cols)}    for (int64_t plane = 0; plane < {planes}; plane++) {{
+{fork(planes * rows * cols, PARALLEL)}    for (int64_t plane = 0; plane < {planes}; plane++) {{
         const {kind} *restrict image = x + plane * {height * width};
         {number} most[{cols}];
         int32_t place[{cols}];

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..memory import ALIGNMENT
+from ..memory import ALIGNMENT, aligned
 from .groups import Unit
 from .nodes import Base, Ref, Work
 
@@ -64,7 +64,7 @@ def _reach(ref: Ref) -> tuple[int, int]:
 
 def _are_apart(spans: list[tuple[int, int]]) -> bool:
     """Whether sorted stretches have no cache line in common."""
-    ends = [-(-end // ALIGNMENT) * ALIGNMENT for _, end in spans]
+    ends = [aligned(end) for _, end in spans]
     starts = [start for start, _ in spans]
-    aligned = all(start % ALIGNMENT == 0 for start in starts)
-    return aligned and all(e <= s for e, s in zip(ends, starts[1:], strict=False))
+    at_lines = all(start % ALIGNMENT == 0 for start in starts)
+    return at_lines and all(e <= s for e, s in zip(ends, starts[1:], strict=False))

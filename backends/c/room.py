@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 
+from ..memory import aligned
 from .build import cached_text, defined_names, find_compiler, flags
 from .sides import Sides, count_of, stride_of
 
@@ -20,7 +21,6 @@ BLOCK, MOST_ROWS = 384, 264  # KC and MC of gemm.c; what follows has the names t
 GROUP, TILES, REUSED, FEW = 4, 512 << 10, 128, 48
 AMX_TILE, AMX_UNITS = 32, 16
 FLOAT = 4
-ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class _Shape:
         elif self.sides.order is not None:
             handed = self.some * count_of(self.sides.order.at)
         floats = (GROUP * self.cols + packed) * min(self.width, BLOCK) + tiles + handed
-        return _blocks(FLOAT * floats, ALIGNMENT) * ALIGNMENT
+        return aligned(FLOAT * floats)
 
 
 def _elements(machine: Machine, dtype: torch.dtype, amx: bool) -> int:

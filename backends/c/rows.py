@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .claims import Claim, comment_of
+from .claims import Claim, comment_of, fork
 from .expressions import MEMORY, REGISTER, load, rounded, store
 from .layout import reshape, row_major
 from .nodes import Node, Ref
@@ -20,7 +20,6 @@ PARTS = 16  # of the table's rows, dealt out in turns: frequent rows are often n
 PARALLEL = 1 << 16  # elements below which one thread is faster
 WHOLE = (torch.float32, torch.float64)
 ROUNDED = "sums of rows in 16 bits are rounded as PyTorch rounds them"
-FORK = "#pragma omp parallel for schedule(static)\n"
 
 
 def claim(node: Node) -> Claim | str | None:
@@ -102,13 +101,13 @@ def _gather(node: Node, table: Ref, positions: Ref, from_end: bool) -> Claim | s
         return reason or "rows in another order"
     out = Ref(node.outs[0], row_major(node.outs[0].shape))
     kind, count = MEMORY[table.dtype], positions.layout.numel
-    fork = FORK if count * rows.width > PARALLEL else ""
+    forked = fork(count * rows.width, PARALLEL)
     body = f"""\
     const {kind} *restrict table = b[0];
     const {REGISTER[positions.dtype]} *restrict positions = b[1];
     {kind} *restrict out = b[2];
 {_check(rows, positions, from_end)}
-{fork}    for (int64_t t = 0; t < {count}; t++) {{
+{forked}    for (int64_t t = 0; t < {count}; t++) {{
         const int64_t r = {_row(rows, positions, from_end)};
         {kind} *restrict row = out + t * {rows.width};
         for (int64_t j = 0; j < {rows.width}; j++) row[j] = table[{rows.at("r")}];
@@ -174,13 +173,13 @@ def _loops(
              *([f"const {kind} *restrict table = b[2];"] if table else []),
              f"{kind} *restrict out = b[{3 if table else 2}];"]  # fmt: skip
     head = "\n".join(f"    {line}" for line in lines)
-    fork = FORK if max(rows.count, count) * width > PARALLEL else ""
+    forked = fork(max(rows.count, count) * width, PARALLEL)
     return f"""\
 {head}
 {check}
-{fork}    for (int64_t r = 0; r < {rows.count}; r++)
+{forked}    for (int64_t r = 0; r < {rows.count}; r++)
         for (int64_t j = 0; j < {width}; j++) {at} = {start};
-{fork}    for (int64_t part = 0; part < {PARTS}; part++) {{
+{forked}    for (int64_t part = 0; part < {PARTS}; part++) {{
         for (int64_t t = 0; t < {count}; t++) {{
             const int64_t r = {row};
             if (r % {PARTS} != part || {passed}) continue;

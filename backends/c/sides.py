@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..memory import aligned
 from .layout import contiguous_runs, row_major
 
 if TYPE_CHECKING:
     from .nodes import Node, Ref
 
 DIGITS = 4  # SS_DIGITS of gemm.h
-ALIGNMENT = 64
 Numbers = tuple[int, ...]
 Digits = tuple[tuple[int, int], ...]
 """(size, stride) of nested loops over one dimension, outermost first: `ss_digits` of gemm.h."""
@@ -80,7 +80,7 @@ class Frame:
     def nbytes(self, ref: Ref) -> int:
         """Bytes of the copy, up to where something else may begin."""
         count = math.prod((ref.shape[0], self._channels(ref), *self.size))
-        return -(-count * ref.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        return aligned(count * ref.dtype.itemsize)
 
 
 @dataclass(frozen=True)

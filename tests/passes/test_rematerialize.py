@@ -158,8 +158,8 @@ def test_what_was_too_far_is_nearer_to_what_is_kept_meanwhile() -> None:
     assert "aten.tanh.default" in names, str(report)
 
 
-def rounded(between: int) -> Function:
-    """A weight in bf16, read once in each direction, with so many products between."""
+def rounded(between: int, then: str = "", last: str = "g") -> Function:
+    """A weight in bf16, read once in each direction, with so many products between; then more."""
     chain = "\n".join(
         f"  %c{i + 1}: bf16[256,256] = aten.mm.default(%c{i}, %xb)" for i in range(between)
     )
@@ -172,7 +172,8 @@ func @f {{
   %c0: bf16[256,256] = aten.mm.default(%xb, %b)
 {chain}
   %g: bf16[256,256] = aten.mm.default(%c{between}, %b) {B}
-  return g=%g
+{then}
+  return {last}=%{last}
 }}
 """)
 
@@ -191,24 +192,10 @@ def test_weights_that_are_read_again_soon_are_rounded_once() -> None:
 
 def test_weights_that_the_forward_pass_reads_again_are_rounded_once() -> None:
     """As in a loss in chunks: forward, backward, then forward again."""
-    chain = "\n".join(
-        f"  %c{i + 1}: bf16[256,256] = aten.mm.default(%c{i}, %xb)" for i in range(70)
-    )
-    f = parse(f"""
-func @f {{
-  parameter %w: f32[256,256] "w"
-  batch %x: f32[256,256] "x"
-  %xb: bf16[256,256] = aten._to_copy.default(%x) {{dtype=bf16}}
-  %b: bf16[256,256] = aten._to_copy.default(%w) {{dtype=bf16}}
-  %c0: bf16[256,256] = aten.mm.default(%xb, %b)
-{chain}
-  %g: bf16[256,256] = aten.mm.default(%c70, %b) {B}
+    then = f"""\
   %d: bf16[256,256] = aten.mm.default(%xb, %b)
-  %h: bf16[256,256] = aten.mm.default(%d, %g) {B}
-  return h=%h
-}}
-""")
-    assert again(f) == []
+  %h: bf16[256,256] = aten.mm.default(%d, %g) {B}"""
+    assert again(rounded(between=70, then=then, last="h")) == []
 
 
 def layers(count: int) -> Function:
