@@ -56,6 +56,7 @@ enum {
     ALONE = 1 << 17,         /* multiply-adds below which one thread is faster */
     LARGE = 1 << 25,         /* multiply-adds from which on each thread has SHARE parts */
     SHARE = 4,
+    FAR = 64 << 10,          /* bytes between scratch of two threads: cores fetch rows of tiles ahead */
 };
 
 #if defined(__AVX512BF16__) && SS_LANES == 16
@@ -364,7 +365,7 @@ int64_t ss_gemm_scratch(const ss_gemm *g) {
     Shape s = shape_of(g);
     int64_t floats = GROUP * panel_floats(&s) + packed_floats(&s);
     floats += tiles_floats(&s) + handed_floats(&s);
-    return blocks(4 * floats, 64) * 64;
+    return blocks(4 * floats, 64) * 64 + FAR;
 }
 
 /* A part of C: rows [i0, i1) and columns [j0, j1) of matrices [first, first + count). */

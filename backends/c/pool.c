@@ -1,9 +1,11 @@
 /* One pool of threads for all generated code of a process.
  *
- * The caller publishes a piece of work as a number of parts; it takes parts itself, as do workers that
- * are awake. It waits only for parts that somebody has begun. So a worker that has lost its core to
- * another process holds nothing up: the others take its share. Workers spin for a moment after their
- * last part, then sleep.
+ * The caller publishes a piece of work as a number of parts, a share of them for each thread: the
+ * first parts for the caller, the last for the last worker. So what a thread wrote in one piece of
+ * work it mostly finds in its own caches in the next; other cores' may be far away. Who has
+ * finished its share takes parts from the ends of those of others, and the caller waits only for parts
+ * that somebody has begun. So a worker that has lost its core to another process holds nothing up.
+ * Workers spin for a moment after their last part, then sleep.
  *
  * Generated code says `#pragma omp parallel for schedule(static)`. The compiler makes of that a
  * function and a call of GOMP_parallel; this file has a GOMP_parallel of its own, hidden within the
@@ -37,25 +39,30 @@ enum {
 
 /* -- the work on offer -------------------------------------------------------------------------- */
 
-/* A ticket has everything that deciding about a part takes, so that it changes in one step: the number
- * of the piece of work, how many parts it has, and the next part to take. */
+/* What is left of a thread's share: the number of the piece of work and the parts [next, end), in one
+ * word, so that taking a part is one exchange. Each is in cache lines of its own. */
+typedef struct {
+    _Alignas(128) _Atomic uint64_t left;
+} Share;
+
 enum { PART_BITS = 20 };
 #define MASK ((UINT64_C(1) << PART_BITS) - 1)
-static uint64_t ticket_of(uint64_t number, uint64_t parts) {
-    return number << 2 * PART_BITS | parts << PART_BITS;
+static uint64_t share_of(uint64_t number, uint64_t next, uint64_t end) {
+    return number << 2 * PART_BITS | end << PART_BITS | next;
 }
 
 static struct {
-    _Atomic uint64_t ticket;
-    _Atomic int64_t done;
     _Atomic(ss_part) part;
     _Atomic(void *) context;
     _Atomic int64_t limit;      /* workers from this number on take no part: there were more before */
     _Atomic uint32_t published; /* changes with each piece of work; workers sleep on it */
     _Atomic int sleepers;
     _Atomic int resting;        /* whether workers sleep at once, as others need their cores */
-    pthread_mutex_t owner;      /* held while a piece of work is under way */
+    _Alignas(128) _Atomic int64_t done;
+    _Alignas(128) pthread_mutex_t owner; /* held while a piece of work is under way */
+    uint64_t number;
     int64_t started, wanted;    /* threads, the caller among them */
+    Share shares[MOST_WORKERS];
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .started = 1, .wanted = 1};
 
 static __thread int inside; /* whether this thread runs a part */
@@ -74,19 +81,33 @@ static int64_t now(void) {
     return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
 }
 
-/* Takes and runs parts until there are none left. */
-static void take_parts(int64_t worker) {
-    uint64_t seen = atomic_load(&pool.ticket);
-    while ((seen & MASK) < (seen >> PART_BITS & MASK)) {
-        if (worker >= atomic_load(&pool.limit)) return; /* that of this ticket, or its exchange fails */
-        if (!atomic_compare_exchange_weak(&pool.ticket, &seen, seen + 1)) continue;
+/* Takes and runs parts of one share until none are left: its own from the front, others' from the
+ * back. How many. */
+static int64_t take_share(int64_t worker, int64_t whose) {
+    _Atomic uint64_t *left = &pool.shares[whose].left;
+    int64_t taken = 0;
+    uint64_t seen = atomic_load(left), next, end;
+    while ((next = seen & MASK) < (end = seen >> PART_BITS & MASK)) {
+        if (worker >= atomic_load(&pool.limit)) break; /* that of this work, or its exchange fails */
+        const uint64_t part = worker == whose ? next : end - 1;
+        const uint64_t rest = worker == whose ? seen + 1 : seen - (UINT64_C(1) << PART_BITS);
+        if (!atomic_compare_exchange_weak(left, &seen, rest)) continue;
         inside = 1;
         /* The work cannot change while one of its parts is not done. */
-        atomic_load(&pool.part)(atomic_load(&pool.context), (int64_t)(seen & MASK), worker);
+        atomic_load(&pool.part)(atomic_load(&pool.context), (int64_t)part, worker);
         inside = 0;
-        atomic_fetch_add(&pool.done, 1);
-        seen = atomic_load(&pool.ticket);
+        taken++;
+        seen = atomic_load(left);
     }
+    return taken;
+}
+
+/* Takes and runs parts until there are none left. */
+static void take_parts(int64_t worker) {
+    const int64_t threads = atomic_load(&pool.limit);
+    int64_t taken = 0;
+    for (int64_t i = 0; i < threads; i++) taken += take_share(worker, (worker + i) % threads);
+    if (taken) atomic_fetch_add(&pool.done, taken);
 }
 
 /* -- workers ------------------------------------------------------------------------------------ */
@@ -168,8 +189,11 @@ static void own_parallel(ss_part part, void *context, int64_t parts) {
     atomic_store(&pool.done, 0);
     atomic_store(&pool.limit, pool.wanted);
     atomic_store(&pool.resting, 0);
-    const uint64_t number = (atomic_load(&pool.ticket) >> 2 * PART_BITS) + 1;
-    atomic_store(&pool.ticket, ticket_of(number, (uint64_t)parts));
+    pool.number++;
+    for (int64_t w = pool.wanted; w-- > 0;) {
+        const int64_t next = w * parts / pool.wanted, end = (w + 1) * parts / pool.wanted;
+        atomic_store(&pool.shares[w].left, share_of(pool.number, next, end));
+    }
     atomic_fetch_add(&pool.published, 1);
     wake_workers();
     take_parts(0);

@@ -20,6 +20,7 @@ from .sides import Sides, count_of, stride_of
 BLOCK, MOST_ROWS = 384, 264  # KC and MC of gemm.c; what follows has the names that it has there
 GROUP, TILES, REUSED, FEW = 4, 512 << 10, 128, 48
 AMX_TILE, AMX_UNITS = 32, 16
+FAR = 64 << 10
 FLOAT = 4
 
 
@@ -152,7 +153,7 @@ class _Shape:
         elif self.sides.order is not None:
             handed = self.some * count_of(self.sides.order.at)
         floats = (GROUP * self.cols + packed) * min(self.width, BLOCK) + tiles + handed
-        return aligned(FLOAT * floats)
+        return aligned(FLOAT * floats) + FAR
 
 
 def _elements(machine: Machine, dtype: torch.dtype, amx: bool) -> int:
