@@ -253,6 +253,7 @@ def row_of(entry: Entry, turns: list[dict[str, Any]]) -> Row:
         warm=started["warm"],
         loss_difference=started["loss_difference"],
         predicted=hello.get("predicted"),
+        travel=statistics.median(turn["travel"] for turn in turns),
     )
 
 

@@ -350,6 +350,8 @@ static Shape shape_of(const ss_gemm *g) {
 }
 
 static int64_t panel_floats(const Shape *s) { return least(s->width, KC) * s->cols; }
+/* Room for panels; none where all are packed before. */
+static int64_t panels_floats(const Shape *s) { return s->g->b_packed ? 0 : GROUP * panel_floats(s); }
 static int64_t tiles_floats(const Shape *s) { return s->panels * s->mc * s->cols; }
 /* Room for tiles as they are handed over: turned, their `mc` columns padded to vectors, or in order. */
 static int64_t handed_floats(const Shape *s) {
@@ -363,8 +365,8 @@ static int64_t packed_floats(const Shape *s) {
 
 int64_t ss_gemm_scratch(const ss_gemm *g) {
     Shape s = shape_of(g);
-    int64_t floats = GROUP * panel_floats(&s) + packed_floats(&s);
-    floats += tiles_floats(&s) + handed_floats(&s);
+    const int64_t floats =
+        panels_floats(&s) + packed_floats(&s) + tiles_floats(&s) + handed_floats(&s);
     return blocks(4 * floats, 64) * 64 + FAR;
 }
 
@@ -578,7 +580,7 @@ static void finish_ordered(const Shape *s, const Part *p, int64_t i, int64_t row
 /* `right` is B of the first matrix, that of the next is `step` bytes further. */
 static void product(const Shape *s, Source left, Source right, int64_t step, Part p,
                     void *const *buffers, float *scratch) {
-    float *panels = scratch, *packed = panels + GROUP * panel_floats(s);
+    float *panels = scratch, *packed = panels + panels_floats(s);
     const Tiles tiles = {packed + packed_floats(s), s->panels * s->cols};
     const ss_windows *w = s->g->windows;
     const int64_t all = p.count * blocks(p.j1 - p.j0, s->cols);

@@ -18,16 +18,20 @@ from .claims import Claim
 from .convolutions import role_of
 from .layout import row_major
 from .products import COLS, FACTORS, GROUPED, is_product, matrices_of
+from .room import this_machine, units_of
 from .sides import Sides, count_of
 
 if TYPE_CHECKING:
     from .nodes import Node, Ref
 
 NAME = "pack"
+FLOAT = 4  # bytes of a unit
 USES = 4  # fewer products do not share
 MOST_ROWS = 128  # of the left side; more make up for packing
 FEW_WINDOWS = 512  # up to which each thread packs weights for itself
 MOST_PACKED = 2 << 20  # bytes; to pack more than that again takes less than memory is worth
+MOST_PLAIN = 3 << 20  # the same of a product of matrices
+FEW_PLAIN = 512  # rows up to which the threads pack for themselves
 UNITS = 16  # at least what gemm.c rounds K up to
 
 
@@ -54,8 +58,22 @@ def packed_bytes(sides: Sides) -> int:
     """Room for weights that are packed once for all windows of a product; 0 where they are not."""
     if sides.windows is None or count_of(sides.a.rows) <= FEW_WINDOWS:
         return 0
-    room = 4 * packed_floats((sides.summed, count_of(sides.b.cols)))
+    room = FLOAT * packed_floats((sides.summed, count_of(sides.b.cols)))
     return aligned(room) if room <= MOST_PACKED else 0
+
+
+def packed_once(op: Op, sides: Sides, rows: int) -> int:
+    """Room for the right side of `rows` rows that is packed before they are multiplied; or 0.
+
+    Otherwise each block of rows packs it again, which takes up to a tenth of the time.
+    """
+    if sides.windows is not None:
+        return packed_bytes(sides)
+    if not takes_packed(op) or sides.lists() or is_packed(sides.b.ref) or rows <= FEW_PLAIN:
+        return 0
+    units = units_of(this_machine(), sides.b.ref.dtype, sides.summed)
+    room = FLOAT * packed_floats((units, count_of(sides.b.cols)))
+    return aligned(room) if room <= MOST_PLAIN else 0
 
 
 def is_packed(side: Ref) -> bool:

@@ -15,7 +15,7 @@ from .expressions import rounded
 from .groups import Placed
 from .kernels import Kernel, KernelWriter, Loop
 from .nodes import Node, Ref
-from .packing import is_packed, packed_bytes
+from .packing import is_packed, packed_once
 from .products import AXES, COLUMNS, FACTORS, PHASES, axes_of, grouping_of, sides_of
 from .room import Extent, this_machine, thread_bytes
 from .sides import Digits, Frame, Numbers, Side, Sides, Windows, count_of, stride_of, written_out
@@ -78,14 +78,14 @@ class ProductWriter(KernelWriter):
             how = "ss_frame_by_place" if frame.by_place else "ss_frame_run"
             lines += [_frame(frame, images), f"    {how}(&frame, {second}, {scratch});"]
             second = f"(const char *){scratch}"
-        packed = max(map(packed_bytes, self.sides))
+        packed = max(map(self._packed, self.sides))
         threads = torch.get_num_threads()
         for sides in self.sides:
             left, right = (first, second) if sides.windows is None else (second, first)
             left += _plus(sides.a.offset, sides.a.ref)
             right += _plus(sides.b.offset, sides.b.ref)
             call = self._shape(sides)
-            if packed_bytes(sides):
+            if self._packed(sides):
                 to = f"(char *){scratch} + {used}"
                 call += f"\n    ss_gemm_pack(&g, {right}, {to});"
                 right = to
@@ -99,13 +99,18 @@ class ProductWriter(KernelWriter):
         return self._finish("\n".join(lines), self._helper(), used + packed + threads * most)
 
     def _extent(self, sides: Sides) -> Extent:
+        packed = self._packed(sides) > 0 or is_packed(sides.b.ref)
         if sides.windows is not None:
-            return Extent(1, count_of(sides.a.rows), count_of(sides.b.cols))
+            return Extent(1, count_of(sides.a.rows), count_of(sides.b.cols), packed=packed)
         rows, order = self.sizes["row"], sides.order
         if order is not None:
             return Extent(order.matrices, rows, count_of(sides.b.cols))
         grouping, _ = grouping_of(self.product.node.op)
-        return Extent(self.sizes["batch"], rows, self._columns, grouping)
+        return Extent(self.sizes["batch"], rows, self._columns, grouping, packed)
+
+    def _packed(self, sides: Sides) -> int:
+        """Room for a right side that is packed once for this product."""
+        return packed_once(self.product.node.op, sides, self.sizes["row"])
 
     @property
     def _columns(self) -> int:
@@ -178,7 +183,7 @@ class ProductWriter(KernelWriter):
                 f" {count_of(order.at)}, {order.count}}};  // of columns\n"
             )
             named += "        .order = &order,\n"
-        if is_packed(b.ref):
+        if extent.packed:
             named += "        .b_packed = 1,  // by ss_gemm_pack\n"
         return (
             f"{lists}    static const ss_gemm g = {{\n"
@@ -191,7 +196,7 @@ class ProductWriter(KernelWriter):
         )
 
     def _windows(self, sides: Sides, windows: Windows) -> str:
-        packed = "        .b_packed = 1,\n" if packed_bytes(sides) else ""
+        packed = "        .b_packed = 1,\n" if self._extent(sides).packed else ""
         a_taps, b_taps = (", ".join(map(str, t)) or "0" for t in (windows.a_taps, windows.b_taps))
         kind, extent = FACTORS[sides.a.ref.dtype], self._extent(sides)
         return (

@@ -83,12 +83,14 @@ class Extent:
         matrices: of the batch.
         rows, cols: of each.
         grouping: a name of `ss_grouping`.
+        packed: whether the right side is packed before.
     """
 
     matrices: int
     rows: int
     cols: int
     grouping: str = "SS_UNGROUPED"
+    packed: bool = False
 
 
 def thread_bytes(machine: Machine, sides: Sides, extent: Extent) -> int:
@@ -109,6 +111,7 @@ class _Shape:
     """
 
     def __init__(self, machine: Machine, sides: Sides, extent: Extent, amx: bool) -> None:
+        self.packed = extent.packed
         self.machine, self.sides, self.amx = machine, sides, amx
         self.rows, vectors = {16: (8, 3), 8: (6, 2), 4: (4, 3)}[machine.lanes]
         self.cols = vectors * machine.lanes
@@ -152,8 +155,14 @@ class _Shape:
             handed = self.panels * self.cols * _blocks(self.some, lanes) * lanes
         elif self.sides.order is not None:
             handed = self.some * count_of(self.sides.order.at)
-        floats = (GROUP * self.cols + packed) * min(self.width, BLOCK) + tiles + handed
+        panels = 0 if self.packed else GROUP * self.cols
+        floats = (panels + packed) * min(self.width, BLOCK) + tiles + handed
         return aligned(FLOAT * floats) + FAR
+
+
+def units_of(machine: Machine, dtype: torch.dtype, summed: int) -> int:
+    """The most units that a sum of `summed` products has; bf16 may have to do without tiles."""
+    return _blocks(summed, _elements(machine, dtype, amx=False))
 
 
 def _elements(machine: Machine, dtype: torch.dtype, amx: bool) -> int:

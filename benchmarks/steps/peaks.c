@@ -1,9 +1,11 @@
 /* Peak rates of this machine, one line each: `name value`, in FLOP/s or byte/s.
 
    Built with -O3 -march=native -fopenmp. A rate is the best of several short runs on all threads.
-   Lines are flushed one by one: where an instruction is refused, the rates before it are known. */
+   Lines are flushed one by one: where an instruction is refused, the rates before it are known.
+   `peaks travel` prints how long a cache line takes from one core to another, in seconds. */
 #define _GNU_SOURCE
 #include <omp.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,7 +16,7 @@
 #include <immintrin.h>
 #endif
 
-enum { RUNS = 60, MEMORY_RUNS = 10, LOOPS = 400000, CHAINS = 12 };
+enum { RUNS = 60, MEMORY_RUNS = 10, LOOPS = 400000, CHAINS = 16, PASSES = 4000 };
 
 #if defined(__AVX512F__)
 typedef float vec __attribute__((vector_size(64)));
@@ -51,7 +53,7 @@ static void fma_fp32(void) {
   a += 0.999f;
   b += 0.001f;
   for (int i = 0; i < LOOPS; i++) {
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int c = 0; c < CHAINS; c++) sum[c] = sum[c] * a + b;
   }
   for (int c = 1; c < CHAINS; c++) sum[0] += sum[c];
@@ -60,16 +62,18 @@ static void fma_fp32(void) {
 
 #ifdef __AVX512BF16__
 static void dot_bf16(void) {
-  __m512 sum[CHAINS];
+  __m512 sum[CHAINS]; /* in registers: every loop over it is unrolled */
   __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f80), b = a;
+#pragma GCC unroll 16
   for (int c = 0; c < CHAINS; c++) sum[c] = _mm512_setzero_ps();
   for (int i = 0; i < LOOPS; i++) {
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int c = 0; c < CHAINS; c++) {
       sum[c] = _mm512_dpbf16_ps(sum[c], a, b);
       __asm__ volatile("" : "+v"(sum[c]));
     }
   }
+#pragma GCC unroll 16
   for (int c = 1; c < CHAINS; c++) sum[0] = _mm512_add_ps(sum[0], sum[c]);
   sink = _mm512_reduce_add_ps(sum[0]);
 }
@@ -133,7 +137,47 @@ static void update_memory(void) {
   for (size_t i = 0; i < length; i++) first[i] = first[i] * 0.5f + second[i];
 }
 
-int main(void) {
+/* Two threads hand a number to and fro, each on a core of its own. */
+static double travel(const int *cores) {
+  static volatile int turn __attribute__((aligned(128)));
+  double start = 0, end = 0;
+#pragma omp parallel num_threads(2)
+  {
+    const int own = omp_get_thread_num();
+    cpu_set_t core;
+    CPU_ZERO(&core);
+    CPU_SET(cores[own], &core);
+    sched_setaffinity(0, sizeof core, &core);
+#pragma omp barrier
+    if (own == 0) start = omp_get_wtime();
+    for (int i = 0; i < PASSES; i++)
+      if (i % 2 == own)
+        turn = i + 1;
+      else
+        while (turn <= i) {
+        }
+    if (own == 0) end = omp_get_wtime();
+#pragma omp barrier
+    if (own == 0) turn = 0;
+  }
+  return (end - start) / PASSES;
+}
+
+int main(int count, char **words) {
+  if (count > 1 && strcmp(words[1], "travel") == 0) {
+    int cores[2], found = 0;
+    cpu_set_t allowed;
+    double best = 1;
+    if (sched_getaffinity(0, sizeof allowed, &allowed)) return 1;
+    for (int c = 0; c < CPU_SETSIZE && found < 2; c++)
+      if (CPU_ISSET(c, &allowed)) cores[found++] = c;
+    for (int run = 0; run < 5 && found == 2; run++) {
+      const double seconds = travel(cores);
+      if (seconds < best) best = seconds;
+    }
+    if (found == 2) print("travel", best);
+    return 0;
+  }
   print("fma_fp32", best_rate(fma_fp32, 2.0 * LOOPS * CHAINS * sizeof(vec) / sizeof(float), RUNS));
 #ifdef __AVX512BF16__
   print("dot_bf16", best_rate(dot_bf16, 2.0 * LOOPS * CHAINS * 32, RUNS));

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .child import Order
+from .roofline import travel
 from .runners import PEERS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,7 +203,8 @@ def take_turns(
     """Lets the children run in alternation; their answers, and the idle ones' use of a core.
 
     Each round begins with another child. A turn has as many steps as fit into `turn_seconds`, at
-    least 3; its first one wakes threads and caches and is for the caller to drop.
+    least 3; its first one wakes threads and caches and is for the caller to drop. "travel" of an
+    answer is how long a cache line took from core to core after the turn.
     """
     answers: dict[Child, list[dict[str, Any]]] = {child: [] for child in children}
     idle, total = 0.0, 0.0
@@ -212,9 +214,10 @@ def take_turns(
             others = [c for c in children if c is not child]
             time.sleep(PAUSE_SECONDS)
             before, start = sum(c.cpu_seconds() for c in others), time.perf_counter()
-            answers[child].append(child.ask(run=steps_of_turn(child, turn_seconds)))
+            answer = child.ask(run=steps_of_turn(child, turn_seconds))
             idle += sum(c.cpu_seconds() for c in others) - before
             total += time.perf_counter() - start
+            answers[child].append({**answer, "travel": travel()})
     return answers, idle / total if total else 0.0
 
 

@@ -32,6 +32,7 @@ class Row:
         warm: compile time with caches that a first start filled.
         loss_difference: largest relative difference from the fp32 reference in the first steps.
         predicted: what `peak` was said to become.
+        travel: seconds of a cache line from core to core, in the median turn; 0 where unknown.
     """
 
     contender: str
@@ -45,6 +46,7 @@ class Row:
     warm: float = 0.0
     loss_difference: float = 0.0
     predicted: int | None = None
+    travel: float = 0.0
 
     @property
     def ok(self) -> bool:

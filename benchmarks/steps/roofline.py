@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from shoestring.ir import Function, Kind, Role
 from shoestring.ir.errors import BackendError
 
 SOURCE = Path(__file__).with_name("peaks.c")
+FOLDER = tempfile.TemporaryDirectory()  # of what is compiled, until this process ends
 SIZES = (256, 1024, 2048)
 REPEATS = 12
 MM_SECONDS = 4.0
@@ -93,17 +95,34 @@ def measure(environment: dict[str, str]) -> Peaks:
     return Peaks(**json.loads(done.stdout)) if done.returncode == 0 else Peaks()
 
 
-def _native_rates() -> dict[str, float]:
-    """Rates of the C loops; empty without a C compiler."""
-    with tempfile.TemporaryDirectory() as folder:
-        binary = str(Path(folder) / "peaks")
-        try:
-            command = [find_compiler(), "-O3", "-march=native", "-fopenmp", "-ffp-contract=fast"]
-            subprocess.run([*command, str(SOURCE), "-o", binary], check=True, capture_output=True)
-        except (BackendError, subprocess.CalledProcessError):
-            return {}
-        lines = subprocess.run([binary], stdout=subprocess.PIPE, text=True).stdout.splitlines()
+@cache
+def _native(folder: tempfile.TemporaryDirectory[str]) -> str | None:
+    """The compiled C loops; None without a C compiler."""
+    binary = str(Path(folder.name) / "peaks")
+    try:
+        command = [find_compiler(), "-O3", "-march=native", "-fopenmp", "-ffp-contract=fast"]
+        subprocess.run([*command, str(SOURCE), "-o", binary], check=True, capture_output=True)
+    except (BackendError, subprocess.CalledProcessError):
+        return None
+    return binary
+
+
+def _native_rates(*words: str) -> dict[str, float]:
+    """What the C loops print; empty without a C compiler."""
+    binary = _native(FOLDER)
+    if binary is None:
+        return {}
+    lines = subprocess.run([binary, *words], stdout=subprocess.PIPE, text=True).stdout.splitlines()
     return {name: float(rate) for name, rate in map(str.split, lines)}
+
+
+def travel() -> float:
+    """Seconds that a cache line takes from one core to another; 0 where that is unknown.
+
+    About 40 ns between cores that share a cache, several times as long between others; the host of
+    a virtual machine may move its cores from one to the other.
+    """
+    return _native_rates("travel").get("travel", 0.0)
 
 
 def _mm_rate(dtype: torch.dtype) -> float:

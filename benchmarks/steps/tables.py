@@ -45,7 +45,7 @@ def mib(count: Number) -> str:
 
 HEADER = (
     "contender", "step, ms", "shoestring is", "of roofline", "peak, MiB", "w/o libraries",
-    "our share", "compile cold, s", "warm, s", "loss differs by",
+    "our share", "compile cold, s", "warm, s", "loss differs by", "core to core, ns",
 )  # fmt: skip
 
 
@@ -71,6 +71,7 @@ def _cells(result: Result, row: Row) -> list[str]:
         "-" if row.contender == "eager" else f"{row.cold:.1f}",
         "-" if row.contender == "eager" else f"{row.warm:.1f}",
         f"{row.loss_difference:.0e}",
+        f"{1e9 * row.travel:.0f}" if row.travel else "-",
     ]
 
 
@@ -210,7 +211,10 @@ Compile time is setup and two steps, less two ordinary steps; imports do not cou
 fused AdamW, one thread a core, the malloc named below, and autocast for bf16.
 The roofline of a step: FLOPs of products / peak + bytes of state (parameters and moments, read and
 written once) / bandwidth, the peaks being measured before and after in the same run. It is that of
-the model as written: a pass that leaves out products nobody reads raises the share."""
+the model as written: a pass that leaves out products nobody reads raises the share.
+"core to core" is how long a cache line takes from one core to another, measured after each turn,
+in the median one: a host may move a virtual machine's cores to where they share no cache, which
+costs every contender time."""
 
 
 def machine_text(machine: dict[str, Any]) -> str:

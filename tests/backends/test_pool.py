@@ -99,6 +99,16 @@ def test_fewer_threads_than_before(library: ctypes.CDLL) -> None:
         assert max(counted(library.count_workers, 100, 100)) <= 2
 
 
+@pytest.mark.parametrize("parts", [3, 8, 100, 1001])
+def test_threads_take_their_own_stretch_first(library: ctypes.CDLL, parts: int) -> None:
+    """From its front; others take what is left from its back."""
+    for _ in range(20):
+        workers = counted(library.count_workers, parts, parts)
+        for w in range(3):
+            own = [x == w + 1 for x in workers[w * parts // 3 : (w + 1) * parts // 3]]
+            assert own == sorted(own, reverse=True)
+
+
 def test_work_within_a_part(library: ctypes.CDLL) -> None:
     for _ in range(100):
         assert counted(library.count_nested, 64) == [1] * 64

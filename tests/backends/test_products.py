@@ -20,7 +20,7 @@ from shoestring.backends.c.build import HERE, cpu_identity, defined_names, find_
 from shoestring.backends.c.layout import row_major
 from shoestring.backends.c.nodes import Base, Ref
 from shoestring.backends.c.packing import MOST_ROWS, packed_floats
-from shoestring.backends.c.room import Extent, Machine, thread_bytes
+from shoestring.backends.c.room import Extent, Machine, thread_bytes, units_of
 from shoestring.backends.c.sides import Side, Sides
 from shoestring.backends.instructions import CallKernel
 from shoestring.ir import Builder, Function, Role, TensorType, Value, parse, parse_type, trace
@@ -372,6 +372,12 @@ int64_t product(void *a, void *b, void *ends, float *c, const int64_t *s, void *
     if (scratch) ss_gemm_run(&g, a, b, ends, buffers, scratch, 2);
     return ss_gemm_scratch(&g);
 }
+int64_t packed_scratch(const int64_t *s) {
+    ss_gemm g = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], store,
+                 s[11], s[12]};
+    g.b_packed = 1;
+    return ss_gemm_scratch(&g);
+}
 void packed_product(void *a, void *b, void *panels, float *c, const int64_t *s, void *scratch) {
     int64_t size[2] = {s[1], s[2]};
     void *buffers[2] = {c, size};
@@ -467,6 +473,7 @@ def test_groups_on_paths_of_other_machines(path: str, tmp_path: Path) -> None:
 def test_a_packed_side_gives_the_same_bits(path: str, tmp_path: Path) -> None:
     """On every machine, and within the room that is planned for it."""
     library = library_of(path, tmp_path)
+    machine = Machine.of(defined_names(*PATHS.get(path, [])))
     for (m, k, n), dtype in itertools.product(
         [(4, 1, 4), (7, 33, 50), (33, 32, 31), (64, 96, 48), (32, 769, 257), (129, 385, 500)],
         TOLERANCE,
@@ -475,7 +482,7 @@ def test_a_packed_side_gives_the_same_bits(path: str, tmp_path: Path) -> None:
             x, y = values((m, k), dtype, left), values((k, n), dtype, right)
             numbers = [1, m, n, k, kind_of(x), 0, *x.stride(), 0, *y.stride(), 0, 0]
             wanted = run(library, x, y, None, x.double() @ y.double(), numbers)
-            room = packed_floats((k, n))
+            room = packed_floats((units_of(machine, dtype, k), n))
             panels = torch.full((room + 64,), torch.nan)
             panels[room:] = 7
             assert torch.equal(run(library, x, y, panels, wanted, numbers, packed=True), wanted)
@@ -487,6 +494,11 @@ def test_scratch_is_what_is_planned(path: str, tmp_path: Path) -> None:
     """On every machine; one with tile registers has room to do without them."""
     library = library_of(path, tmp_path)
     machine = Machine.of(defined_names(*PATHS.get(path, [])))
+
+    def room(numbers: ctypes.Array[ctypes.c_int64]) -> int:
+        found: int = library.product(None, None, None, None, numbers, None)
+        return found
+
     sizes = (4, 6, 31, 32, 33, 36, 64, 95, 97, 255, 257, 3000)
     for batch, m, n, k in itertools.product((1, 32), sizes, sizes, (1, 352, 353, 384, 385, 5000)):
         for kind, shared, turned in itertools.product((0, 1, 2), (True, False), (True, False)):
@@ -495,11 +507,13 @@ def test_scratch_is_what_is_planned(path: str, tmp_path: Path) -> None:
                 apart = 0 if shared else m * k
                 numbers = [batch, m, n, k, kind, apart, row, col, k * n, n, 1, grouping, 1]
                 given = (ctypes.c_int64 * 13)(*numbers)
-                needed = library.product(None, None, None, None, given, None)
                 sides = sides_of(kind, Side(left(kind), apart, ((m, row),), ((k, col),)), k)
-                planned = thread_bytes(machine, sides, Extent(batch, m, n, GROUPINGS[grouping]))
-                exact = not (machine.amx and kind == 1)
-                assert needed == planned if exact else needed <= planned, numbers
+                for packed in (False, True):
+                    needed = library.packed_scratch(given) if packed else room(given)
+                    extent = Extent(batch, m, n, GROUPINGS[grouping], packed)
+                    planned = thread_bytes(machine, sides, extent)
+                    exact = not (machine.amx and kind == 1)
+                    assert needed == planned if exact else needed <= planned, numbers
 
 
 GROUPINGS = ("SS_UNGROUPED", "SS_GROUPS_OF_ROWS", "SS_GROUPS_OF_SUM")

@@ -127,8 +127,10 @@ def test_losses_may_differ_as_far_as_rounding_carries_eager() -> None:
 def test_rows_leave_the_first_step_of_a_turn_out() -> None:
     ours = entry("shoestring", "fp32", [1.0])
     ours.started = {"cold": 1.0, "warm": 0.5, "loss_difference": 0.0}
-    row = row_of(ours, [{"seconds": [9.0, 1.0, 2.0], "peak": 150}, {"seconds": [9, 3], "peak": 1}])
+    first = {"seconds": [9.0, 1.0, 2.0], "peak": 150, "travel": 2e-7}
+    row = row_of(ours, [first, {"seconds": [9, 3], "peak": 1, "travel": 4e-8}])
     assert (row.step, row.steps, row.peak, row.growth) == (2.0, 3, 150, 50)
+    assert row.travel == pytest.approx(1.2e-7)
     assert ours.child is not None and steps_of_turn(ours.child, 10.0) == 20
 
 
