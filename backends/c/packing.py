@@ -1,7 +1,7 @@
-"""Right sides that are packed once: those that many small products share, and weights for windows.
+"""Right sides that are packed once: for many small products, for windows, for all rows of a product.
 
 A product reads its right side in panels, which it packs first: of a few rows, as in each step of a
-recurrence, that takes as long as half of the multiplications.
+recurrence, that takes as long as half of the multiplications. Of many, each block of rows packs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .claims import Claim
 from .convolutions import role_of
 from .layout import row_major
 from .products import COLS, FACTORS, GROUPED, is_product, matrices_of
+from .room import MOST_ROWS as SHARING
 from .room import this_machine, units_of
 from .sides import Sides, count_of
 
@@ -31,7 +32,6 @@ MOST_ROWS = 128  # of the left side; more make up for packing
 FEW_WINDOWS = 512  # up to which each thread packs weights for itself
 MOST_PACKED = 2 << 20  # bytes; to pack more than that again takes less than memory is worth
 MOST_PLAIN = 3 << 20  # the same of a product of matrices
-FEW_PLAIN = 512  # rows up to which the threads pack for themselves
 UNITS = 16  # at least what gemm.c rounds K up to
 
 
@@ -69,7 +69,7 @@ def packed_once(op: Op, sides: Sides, rows: int) -> int:
     """
     if sides.windows is not None:
         return packed_bytes(sides)
-    if not takes_packed(op) or sides.lists() or is_packed(sides.b.ref) or rows <= FEW_PLAIN:
+    if not takes_packed(op) or sides.lists() or is_packed(sides.b.ref) or rows <= SHARING:
         return 0
     units = units_of(this_machine(), sides.b.ref.dtype, sides.summed)
     room = FLOAT * packed_floats((units, count_of(sides.b.cols)))
