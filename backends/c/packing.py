@@ -1,4 +1,4 @@
-"""Right sides that are packed once: for many small products, for windows, for all rows of a product.
+"""Right sides that are packed once: for many small products, windows, or all rows of a product.
 
 A product reads its right side in panels, which it packs first: of a few rows, as in each step of a
 recurrence, that takes as long as half of the multiplications. Of many, each block of rows packs.
