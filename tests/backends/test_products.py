@@ -341,6 +341,22 @@ def test_nan_and_infinity_stay_in_their_rows_and_columns() -> None:
     assert torch.equal(found.isinf(), wanted.isinf())
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(265, 77, 131), (600, 1, 1), (521, 385, 49), (1024, 770, 7)]
+)
+def test_many_rows_share_a_packed_side(m: int, k: int, n: int, dtype: str) -> None:
+    """Every layout of both sides, with what is added."""
+    for left, right, bias in itertools.product([False, True], repeat=3):
+        executable = check(product(m, k, n, dtype=dtype, left=left, right=right, bias=bias))
+        assert "ss_gemm_pack(&g" in executable.source
+
+
+def test_a_packed_side_that_takes_much_memory_is_packed_by_its_readers() -> None:
+    for rows, k, n in [(264, 64, 64), (300, 2048, 1024)]:
+        assert "ss_gemm_pack(&g" not in check(product(rows, k, n)).source
+
+
 def test_every_number_of_threads_gives_the_same_bits() -> None:
     function = product(130, 200, 150, right=True, bias=True)
     given = arguments(function)
