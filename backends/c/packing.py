@@ -18,15 +18,14 @@ from .claims import Claim
 from .convolutions import role_of
 from .layout import row_major
 from .products import COLS, FACTORS, GROUPED, is_product, matrices_of
+from .room import FLOAT, this_machine, units_of
 from .room import MOST_ROWS as SHARING
-from .room import this_machine, units_of
 from .sides import Sides, count_of
 
 if TYPE_CHECKING:
     from .nodes import Node, Ref
 
 NAME = "pack"
-FLOAT = 4  # bytes of a unit
 USES = 4  # fewer products do not share
 MOST_ROWS = 128  # of the left side; more make up for packing
 FEW_WINDOWS = 512  # up to which each thread packs weights for itself

@@ -196,9 +196,10 @@ class ProductWriter(KernelWriter):
         )
 
     def _windows(self, sides: Sides, windows: Windows) -> str:
-        packed = "        .b_packed = 1,\n" if self._extent(sides).packed else ""
+        extent = self._extent(sides)
+        packed = "        .b_packed = 1,\n" if extent.packed else ""
         a_taps, b_taps = (", ".join(map(str, t)) or "0" for t in (windows.a_taps, windows.b_taps))
-        kind, extent = FACTORS[sides.a.ref.dtype], self._extent(sides)
+        kind = FACTORS[sides.a.ref.dtype]
         return (
             f"    static const int64_t a_taps[] = {{{a_taps}}}, b_taps[] = {{{b_taps}}};\n"
             f"    static const ss_windows windows = {{\n"

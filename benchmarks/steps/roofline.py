@@ -23,7 +23,6 @@ from shoestring.ir import Function, Kind, Role
 from shoestring.ir.errors import BackendError
 
 SOURCE = Path(__file__).with_name("peaks.c")
-FOLDER = tempfile.TemporaryDirectory()  # of what is compiled, until this process ends
 SIZES = (256, 1024, 2048)
 REPEATS = 12
 MM_SECONDS = 4.0
@@ -96,9 +95,15 @@ def measure(environment: dict[str, str]) -> Peaks:
 
 
 @cache
-def _native(folder: tempfile.TemporaryDirectory[str]) -> str | None:
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Where the C loops are compiled, until this process ends."""
+    return tempfile.TemporaryDirectory()
+
+
+@cache
+def _native() -> str | None:
     """The compiled C loops; None without a C compiler."""
-    binary = str(Path(folder.name) / "peaks")
+    binary = str(Path(_folder().name) / "peaks")
     try:
         command = [find_compiler(), "-O3", "-march=native", "-fopenmp", "-ffp-contract=fast"]
         subprocess.run([*command, str(SOURCE), "-o", binary], check=True, capture_output=True)
@@ -109,7 +114,7 @@ def _native(folder: tempfile.TemporaryDirectory[str]) -> str | None:
 
 def _native_rates(*words: str) -> dict[str, float]:
     """What the C loops print; empty without a C compiler."""
-    binary = _native(FOLDER)
+    binary = _native()
     if binary is None:
         return {}
     lines = subprocess.run([binary, *words], stdout=subprocess.PIPE, text=True).stdout.splitlines()
