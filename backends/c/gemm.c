@@ -47,7 +47,7 @@ enum {
     AMX_COLS = 32,
     AMX_UNITS = 16,          /* units of K that one multiplication of tile registers takes */
     GROUP = 4,               /* panels that are packed together: columns are neighbours in memory */
-    AHEAD = 8,               /* units of K that are fetched ahead where K is not contiguous */
+    AHEAD = 16,              /* units of K that are fetched ahead where K is not contiguous */
     TILES = 512 << 10,       /* about the most bytes of tiles that wait for the next block of K */
     PACK_ROWS = 96,          /* rows of A that are packed together where they are neighbours in memory */
     REUSED = SS_LANES == 8 ? 128 : INT32_MAX, /* columns from which on packing A pays in any case */

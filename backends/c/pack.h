@@ -205,10 +205,12 @@ static void pack_along(Source s, int64_t u0, int64_t units, int64_t k_end, int64
  * memory. */
 static void pack_lanes(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j, int64_t count,
                        int64_t width, int64_t floats, int pairs, float *out) {
-    const int64_t each = (1 + pairs) * s.k_stride, size = size_of(s.type);
+    const int64_t size = size_of(s.type);
     for (int64_t u = 0; u < units; u++) {
-        const char *ahead = s.p + ((u0 + u + AHEAD) * each + j) * size;
-        for (int64_t at = 0; at < count * width * size; at += 64) __builtin_prefetch(ahead + at);
+        for (int64_t e = 0; e <= pairs; e++) {
+            const char *ahead = s.p + (((u0 + u + AHEAD) * (1 + pairs) + e) * s.k_stride + j) * size;
+            for (int64_t at = 0; at < count * width * size; at += 64) __builtin_prefetch(ahead + at);
+        }
         int64_t c = 0;
 #if SS_LANES == 16 /* a vector is two rows of panels */
         for (; width == ROWS && c + 2 <= count; c += 2) {
