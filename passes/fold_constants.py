@@ -12,15 +12,13 @@ from shoestring.ir import Function, Kind, Number, Op, Operand, Value, make_op, r
 from shoestring.ir.inference import infer_types, same_types
 
 from .base import Numerics, Pass, PassReport
+from .constants import CONSTANT, FULL, is_foldable
 
-CONSTANT = "ir.constant.default"
-FULL = "aten.full.default"
 # A number in the place of a tensor is known to torch for these; it is then a wrapped number,
 # which takes part in type promotion less than a tensor does, so result types are compared.
 TAKES_NUMBERS = frozenset(
     {"aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor", "aten.div.Tensor"}
 )
-UNFOLDABLE = frozenset({Kind.RANDOM, Kind.OPAQUE})
 EVALUATED_ELEMENTS = 4096  # larger intermediates are not worth compile time
 
 
@@ -76,7 +74,7 @@ class FoldConstants(Pass):
 
     def _fold(self, op: Op, known: dict[Value, torch.Tensor], report: PassReport) -> Op:
         """The op as a constant where it can be one; its elements go into `known`."""
-        if not _is_foldable(op) or any(v not in known for v in op.inputs):
+        if not is_foldable(op) or any(v not in known for v in op.inputs):
             return op
         try:
             elements = _evaluate(op, known)
@@ -98,12 +96,6 @@ class FoldConstants(Pass):
             return op
         known[op.result] = elements
         return op if op.name == CONSTANT else Op(new.opdef, (), new.attrs, op.results, op.loc)
-
-
-def _is_foldable(op: Op) -> bool:
-    named = op.name in (CONSTANT, FULL) or op.opdef.kind not in UNFOLDABLE
-    plain = len(op.results) == 1 and op.opdef.pure and "empty" not in op.name
-    return named and plain and op.result.type.is_static and not op.result.type.dtype.is_complex
 
 
 def _evaluate(op: Op, known: dict[Value, torch.Tensor]) -> torch.Tensor | None:

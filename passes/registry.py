@@ -18,6 +18,7 @@ from shoestring.ir.errors import PassError, UsageError
 
 from .base import Pass, name_of
 from .canonicalize import Canonicalize
+from .causal_attention import CausalAttention
 from .chunk_loss import ChunkLoss
 from .common_subexpressions import CommonSubexpressions
 from .dead_code import DeadCode
@@ -42,6 +43,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     FoldConstants,
     SimplifyAlgebra,
     CommonSubexpressions,
+    CausalAttention,
     GroupHeads,
     PropagateSlices,
     MergeProducts,
@@ -81,6 +83,7 @@ def default_pipeline(keep: frozenset[str] | None = None, precision: str = "fp32"
         FoldConstants(),
         SimplifyAlgebra(),
         CommonSubexpressions(),
+        CausalAttention(),
         GroupHeads(),
         PropagateSlices(),
         MergeProducts(),
