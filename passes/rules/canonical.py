@@ -148,6 +148,17 @@ FILLS = rules(
 )
 
 
+def _steps_of_one(m: Match) -> Term:
+    start, end = m.root.attrs.get("start", 0), m.root.attr("end")
+    return op("aten.arange.start_step", start=start, end=end, step=1, dtype=m.result.dtype)
+
+
+RANGES = rules(
+    Rule(op("aten.arange.default"), _steps_of_one),  # arange(n) -> arange(0, n, 1)
+    Rule(op("aten.arange.start"), _steps_of_one),
+)
+
+
 def _sizes_only(name: str) -> Rule:
     """Operands of which only sizes count become numbers: the op no longer keeps them alive."""
     places = lookup(name).sizes_only
@@ -169,4 +180,4 @@ def _sizes_only(name: str) -> Rule:
 
 SIZES_ONLY = rules(*map(_sizes_only, (d.name for d in REGISTRY.values() if d.sizes_only)))
 
-CANONICAL: RuleSet = IDENTITIES + SCALARS + VIEWS + FILLS + SIZES_ONLY
+CANONICAL: RuleSet = IDENTITIES + SCALARS + VIEWS + FILLS + RANGES + SIZES_ONLY
