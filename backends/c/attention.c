@@ -98,7 +98,8 @@ SS_INLINE int64_t ss_block_cost(const ss_attention *s, int64_t t0) {
 #define ONES 1
 #define UVEC ss_vf
 #define VMAX(a, b) ss_vmax(a, b)
-#define VEXP2(x) ss_vexp2(x)
+#define VEXP2(x) ss_vexp2(x, 0)
+#define VFILL(v, n, x) ss_vfill(v, n, x)
 #define VSUM(x) ss_vsum(x)
 #define VLARGEST(x) ss_vlargest(x)
 #define RLOG(x) logf(x)
@@ -119,6 +120,7 @@ SS_INLINE int64_t ss_block_cost(const ss_attention *s, int64_t t0) {
 #define UVEC ss_vd
 #define VMAX(a, b) ss_vdmax(a, b)
 #define VEXP2(x) ss_vdexp2(x)
+#define VFILL(v, n, x) ss_vdfill(v, n, x)
 #define VSUM(x) ss_vdsum(x)
 #define VLARGEST(x) ss_vdlargest(x)
 #define RLOG(x) log(x)
@@ -140,7 +142,8 @@ SS_INLINE int64_t ss_block_cost(const ss_attention *s, int64_t t0) {
 #define ONES 0x3f803f80u
 #define UVEC ss_vu
 #define VMAX(a, b) ss_vmax(a, b)
-#define VEXP2(x) ss_vexp2(x)
+#define VEXP2(x) ss_vexp2(x, 1)
+#define VFILL(v, n, x) ss_vfill(v, n, x)
 #define VSUM(x) ss_vsum(x)
 #define VLARGEST(x) ss_vlargest(x)
 #define RLOG(x) logf(x)

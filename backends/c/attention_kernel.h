@@ -148,8 +148,9 @@ static void NAME(pack_row)(
 #if KU == 2
     uint16_t *to = (uint16_t *)row;
     const uint16_t *from = (const uint16_t *)p + at;
-    if (step == 1) memcpy(to, from, depth * 2);
-    else for (int64_t d = 0; d < depth; d++) to[d] = from[d * step];
+    int64_t done = 0;
+    for (; step == 1 && done + LANES <= depth; done += LANES) memcpy(to + done, from + done, 2 * LANES);
+    for (int64_t d = done; d < depth; d++) to[d] = from[d * step];
 #else
     REAL *to = row;
 #define SS_COPY(T, f)                                                                              \
@@ -211,6 +212,16 @@ static void NAME(pair)(const UNIT *rows, int64_t n, int64_t width, UNIT *pairs) 
 
 static void NAME(unpack_row)(
     const REAL *row, REAL factor, void *p, int64_t at, int64_t step, int kind, int64_t depth) {
+#if KU == 2
+    uint16_t *out = (uint16_t *)p + at;
+    int64_t done = 0;
+    for (; step == 1 && done + 2 * LANES <= depth; done += 2 * LANES) {
+        const VEC low = NAME(load)(row + done), high = NAME(load)(row + done + LANES);
+        const UVEC u = ss_vpack_bf16(low * factor, high * factor);
+        memcpy(out + done, &u, sizeof u);
+    }
+    for (int64_t d = done; d < depth; d++) out[d * step] = ss_to_bf16(row[d] * factor);
+#else
 #define SS_COPY(T, f)                                                                              \
     {                                                                                              \
         T *to = (T *)p + at;                                                                       \
@@ -222,6 +233,7 @@ static void NAME(unpack_row)(
     else if (kind == SS_ELEM_F16) SS_COPY(_Float16, (_Float16))
     else SS_COPY(double, (double))
 #undef SS_COPY
+#endif
 }
 
 /* -- scores ------------------------------------------------------------------------------------ */
@@ -248,14 +260,10 @@ SS_INLINE int64_t NAME(seen)(const ss_attention *s, int64_t query, int64_t k0, i
     return s->causal ? ss_most(0, ss_least(n, query + 1 - k0)) : n;
 }
 
-/* Numbers to units, in place, for products that sum along the row; width is a multiple of 32. */
-SS_INLINE void NAME(narrow)(REAL *row, int64_t width) {
-#if KU == 2
-    for (int64_t j = 0; j < width; j += 2 * LANES) {
-        const ss_vu v = ss_vpack_bf16(NAME(load)(row + j), NAME(load)(row + j + LANES));
-        memcpy((UNIT *)row + j / 2, &v, sizeof v);
-    }
-#endif
+/* row[n..full) = with, where only what belongs to the vector of n is known. */
+SS_INLINE void NAME(fill)(REAL *row, int64_t n, int64_t full, REAL with) {
+    for (int64_t j = n / LANES * LANES; j < full; j += LANES)
+        NAME(store)(row + j, VFILL(NAME(load)(row + j), n - j, with));
 }
 
 /* -- forward ----------------------------------------------------------------------------------- */
@@ -268,7 +276,7 @@ typedef struct { REAL largest, total; } NAME(row);
  * sum to one after rounding too and keep what all values have in common. */
 SS_INLINE REAL NAME(weigh)(REAL *row, int64_t n, int64_t width, REAL c, NAME(row) *known) {
     const int64_t full = ss_up(n, KU * LANES);
-    for (int64_t j = n; j < full; j++) row[j] = -INFINITY;
+    NAME(fill)(row, n, full, -INFINITY);
     VEC top = VSET((REAL)-INFINITY);
     for (int64_t j = 0; j < full; j += LANES) top = VMAX(NAME(load)(row + j), top);
     const REAL here = VLARGEST(top) * c;
@@ -398,17 +406,11 @@ typedef struct {
     REAL *scores, *grad_scores, *dq, *dk, *dv, *lse, *delta;
 } NAME(backward_scratch);
 
-/* Weights from scores, and their gradients from products; zeros behind n. */
+/* Weights from scores, and their gradients from products. */
 SS_INLINE void NAME(differentiate)(
-    REAL *row, REAL *grad, int64_t n, int64_t width, REAL c, REAL lse, REAL delta) {
-    const int64_t full = ss_up(n, LANES);
-    for (int64_t j = n; j < full; j++) row[j] = -INFINITY, grad[j] = 0;
-    for (int64_t j = 0; j < full; j += LANES) {
-        const VEC p = VEXP2(VFMA(NAME(load)(row + j), VSET(c), VSET(-lse)));
-        NAME(store)(row + j, p);
-        NAME(store)(grad + j, p * (NAME(load)(grad + j) - VSET(delta)));
-    }
-    for (int64_t j = full; j < width; j++) row[j] = 0, grad[j] = 0;
+    const REAL *row, const REAL *grad, REAL c, REAL lse, REAL delta, VEC *p, VEC *d) {
+    *p = VEXP2(VFMA(NAME(load)(row), VSET(c), VSET(-lse)));
+    *d = *p * (NAME(load)(grad) - VSET(delta));
 }
 
 /* The sum over d of x[d] y[d]. */
@@ -436,13 +438,46 @@ static REAL NAME(dot)(
     return sum + VSUM(sums);
 }
 
-/* Two rows of numbers to one of pairs. */
-SS_INLINE void NAME(join)(const REAL *row, int64_t ld, int64_t width, UNIT *pairs) {
-#if KU == 2
-    for (int64_t j = 0; j < width; j += LANES) {
-        const ss_vu v = ss_vpair_bf16(NAME(load)(row + j), NAME(load)(row + ld + j));
-        memcpy(pairs + j, &v, sizeof v);
+/* The same of whole rows, of which `seen` keys count; as products take them. Rows of pairs are two. */
+SS_INLINE void NAME(differentiate_rows)(
+    NAME(backward_scratch) *w, int64_t i, const int64_t seen[KU], int64_t width, REAL c) {
+    const int64_t ld = SS_BACKWARD_KEYS, full = ss_up(ss_most(seen[0], seen[KU - 1]), KU * LANES);
+    REAL *row = w->scores + i * ld, *grad = w->grad_scores + i * ld;
+    for (int r = 0; r < KU; r++) {
+        NAME(fill)(row + r * ld, seen[r], full, -INFINITY);
+        NAME(fill)(grad + r * ld, seen[r], full, 0);
     }
+#if KU == 2
+    UNIT *weights = w->weights_t + i / 2 * ld, *grads = w->grads_t + i / 2 * ld;
+    for (int64_t j = 0; j < full; j += 2 * LANES) {
+        UVEC p[2], d[2], pairs[2];
+        _Pragma("GCC unroll 2") for (int r = 0; r < 2; r++) {
+            VEC x[2], y[2];
+            _Pragma("GCC unroll 2") for (int l = 0; l < 2; l++) {
+                const int64_t at = r * ld + j + l * LANES;
+                NAME(differentiate)(row + at, grad + at, c, w->lse[i + r], w->delta[i + r], x + l, y + l);
+            }
+            p[r] = VUNITS(x);
+            d[r] = VUNITS(y);
+            memcpy((UNIT *)(grad + r * ld) + j / 2, d + r, sizeof *d);
+        }
+        ss_vpair_bf16(p[0], p[1], pairs);
+        memcpy(weights + j, pairs, sizeof pairs);
+        ss_vpair_bf16(d[0], d[1], pairs);
+        memcpy(grads + j, pairs, sizeof pairs);
+    }
+    memset(weights + full, 0, (width - full) * sizeof *weights);
+    memset(grads + full, 0, (width - full) * sizeof *grads);
+    for (int r = 0; r < 2; r++)
+        memset((UNIT *)(grad + r * ld) + full / 2, 0, (width - full) / 2 * sizeof(UNIT));
+#else
+    for (int64_t j = 0; j < full; j += LANES) {
+        VEC p, d;
+        NAME(differentiate)(row + j, grad + j, c, w->lse[i], w->delta[i], &p, &d);
+        NAME(store)(row + j, p);
+        NAME(store)(grad + j, d);
+    }
+    for (int64_t j = full; j < width; j++) row[j] = 0, grad[j] = 0;
 #endif
 }
 
@@ -492,6 +527,7 @@ static void NAME(backward_block)(
                                 s->grad.d, b[4], batch * s->out.b + head * s->out.h + t * s->out.t,
                                 s->out.d, s->kind, s->depth);
     }
+    for (int64_t i = n; i < m; i++) w->lse[i] = w->delta[i] = 0;
     memset(w->dq, 0, m * width * sizeof(REAL));
     for (int64_t k0 = 0; k0 < end; k0 += ld) {
         const int64_t some = ss_least(ld, end - k0), wide = ss_up(some, SS_PANEL);
@@ -501,21 +537,15 @@ static void NAME(backward_block)(
                       units * SS_PANEL, w->scores, ld, 0, upper);
         NAME(product)(m, wide, units, w->grad, units, 1, w->values + k0 * units, SS_PANEL,
                       units * SS_PANEL, w->grad_scores, ld, 0, upper);
-        for (int64_t i = 0; i < m; i++) {
-            REAL *row = w->scores + i * ld, *grad = w->grad_scores + i * ld;
-            const int64_t seen = i < n ? NAME(seen)(s, t0 + i, k0, some) : 0;
-            if (has_mask && seen)
-                NAME(add_mask)(s, b[6], batch * s->mask.b + head * s->mask.h +
-                               (t0 + i) * s->mask.t + k0 * s->mask.d, seen, row);
-            NAME(differentiate)(row, grad, seen, wide, c, i < n ? w->lse[i] : 0,
-                                i < n ? w->delta[i] : 0);
-        }
-        if (KU == 2) {
-            for (int64_t i = 0; i < m; i += 2) {
-                NAME(join)(w->scores + i * ld, ld, wide, w->weights_t + i / 2 * ld);
-                NAME(join)(w->grad_scores + i * ld, ld, wide, w->grads_t + i / 2 * ld);
+        for (int64_t i = 0; i < m; i += KU) {
+            int64_t seen[KU];
+            for (int64_t r = 0, q = i; r < KU; r++, q++) {
+                seen[r] = q < n ? NAME(seen)(s, t0 + q, k0, some) : 0;
+                if (has_mask && seen[r])
+                    NAME(add_mask)(s, b[6], batch * s->mask.b + head * s->mask.h +
+                                   (t0 + q) * s->mask.t + k0 * s->mask.d, seen[r], w->scores + q * ld);
             }
-            for (int64_t i = 0; i < m; i++) NAME(narrow)(w->grad_scores + i * ld, wide);
+            NAME(differentiate_rows)(w, i, seen, wide, c);
         }
         const int64_t rows = ss_up(some, 4);
         const ss_clip lower = {INT64_MAX / 4, INT64_MAX / 4, -ahead};
@@ -610,6 +640,7 @@ static void NAME(backward)(
 #undef VUNITS
 #undef ONES
 #undef UVEC
+#undef VFILL
 #undef VMAX
 #undef VEXP2
 #undef VSUM

@@ -76,6 +76,13 @@ SS_INLINE ss_vf ss_vmax(ss_vf a, ss_vf b) {
     return ss_vselect(a > b, a, b);
 #endif
 }
+/* Lanes from the n-th on filled. */
+SS_INLINE ss_vf ss_vfill(ss_vf v, int64_t n, float with) {
+    static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    ss_vi lane;
+    memcpy(&lane, numbers, sizeof lane);
+    return ss_vselect(lane < (int32_t)n, v, ss_vset(with));
+}
 /* Sum, and maximum of numbers, of all lanes. */
 SS_INLINE float ss_vsum(ss_vf v) {
 #if SS_LANES == 16
@@ -96,19 +103,35 @@ SS_INLINE float ss_vlargest(ss_vf v) {
 #endif
 }
 
-/* 2^x, 0 below the smallest normal number: 2^i * p(f) with |f| <= 1/2; right up to x < 127.5. */
-SS_INLINE ss_vf ss_vexp2(ss_vf x) {
-    const ss_vf a = ss_vmax(ss_vset(-127.0f), x);
-    const ss_vf shifted = a + 12582912.0f; /* rounds: its low bits are i */
-    const ss_vf f = a - (shifted - 12582912.0f);
+/* 2^f for |f| <= 1/2 by a polynomial, within 1e-7 or, where it is rounded to bf16 anyway, 3e-6. */
+SS_INLINE ss_vf ss_vexp2_series(ss_vf f, const int rough) {
+    if (rough) {
+        ss_vf p = ss_vset(9.58285294e-3f);
+        p = ss_vfma(p, f, ss_vset(5.59064262e-2f));
+        p = ss_vfma(p, f, ss_vset(2.40240991e-1f));
+        p = ss_vfma(p, f, ss_vset(6.93124175e-1f));
+        return ss_vfma(p, f, ss_vset(1.0f));
+    }
     ss_vf p = ss_vset(1.54614478e-4f);
     p = ss_vfma(p, f, ss_vset(1.33908668e-3f));
     p = ss_vfma(p, f, ss_vset(9.61805694e-3f));
     p = ss_vfma(p, f, ss_vset(5.55035695e-2f));
     p = ss_vfma(p, f, ss_vset(2.40226507e-1f));
     p = ss_vfma(p, f, ss_vset(6.93147182e-1f));
-    p = ss_vfma(p, f, ss_vset(1.0f));
+    return ss_vfma(p, f, ss_vset(1.0f));
+}
+/* 2^x, 0 below the smallest normal number; right up to x < 127.5. */
+SS_INLINE ss_vf ss_vexp2(ss_vf x, const int rough) {
+#if SS_LANES == 16 && defined(__AVX512DQ__)
+    const ss_vf f = (ss_vf)_mm512_reduce_ps((__m512)x, 0); /* x less the nearest integer */
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)ss_vset(-126.0f), _CMP_NLT_UQ);
+    return (ss_vf)_mm512_maskz_scalef_ps(normal, (__m512)ss_vexp2_series(f, rough), (__m512)(x - f));
+#else
+    const ss_vf a = ss_vmax(ss_vset(-127.0f), x);
+    const ss_vf shifted = a + 12582912.0f; /* rounds: its low bits are i */
+    const ss_vf p = ss_vexp2_series(a - (shifted - 12582912.0f), rough);
     return p * (ss_vf)(((ss_vi)shifted + 127) << 23); /* for i = -127 this factor is 0 */
+#endif
 }
 
 /* -- products of pairs of bf16: each lane of 32 bits holds two neighbours of the summed dimension -- */
@@ -126,11 +149,12 @@ SS_INLINE ss_vf ss_vdot_bf16(ss_vf acc, ss_vu a, ss_vu b) {
 SS_INLINE ss_vu ss_vpack_bf16(ss_vf low, ss_vf high) {
     return (ss_vu)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
 }
-/* Lane by lane: a low, b high. */
-SS_INLINE ss_vu ss_vpair_bf16(ss_vf a, ss_vf b) {
-    const ss_vu low = __builtin_convertvector((ss_vh)_mm512_cvtneps_pbh((__m512)a), ss_vu);
-    const ss_vu high = __builtin_convertvector((ss_vh)_mm512_cvtneps_pbh((__m512)b), ss_vu);
-    return low | high << 16;
+/* Two rows of 32 neighbours, as ss_vpack_bf16 gives them, to pairs of one of each: a low, b high. */
+SS_INLINE void ss_vpair_bf16(ss_vu a, ss_vu b, ss_vu pairs[2]) {
+    const ss_vu lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const ss_vu first = lanes | (lanes + 32) << 16; /* elements k of a and of b */
+    pairs[0] = (ss_vu)_mm512_permutex2var_epi16((__m512i)a, (__m512i)first, (__m512i)b);
+    pairs[1] = (ss_vu)_mm512_permutex2var_epi16((__m512i)a, (__m512i)(first + 0x100010u), (__m512i)b);
 }
 #endif
 
@@ -154,6 +178,10 @@ SS_INLINE ss_vd ss_vdfma(ss_vd a, ss_vd b, ss_vd c) {
 SS_INLINE ss_vd ss_vdmax(ss_vd a, ss_vd b) {
     for (int i = 0; i < SS_LANES / 2; i++) b[i] = a[i] > b[i] ? a[i] : b[i];
     return b;
+}
+SS_INLINE ss_vd ss_vdfill(ss_vd v, int64_t n, double with) {
+    for (int i = 0; i < SS_LANES / 2; i++) v[i] = i < n ? v[i] : with;
+    return v;
 }
 SS_INLINE double ss_vdsum(ss_vd v) {
     double total = 0;

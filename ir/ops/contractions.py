@@ -107,13 +107,16 @@ def convolution_backward_factors(op: Op) -> FactorMap:
 
 
 def attention_cost(products: int) -> Callable[[Op], Cost]:
-    """`products` matrix products of queries x keys x head size, halved by nothing: full squares."""
+    """`products` matrix products of queries x keys x head size, causal ones without later keys."""
 
     def cost(op: Op) -> Cost:
         query, key = _query_key(op)
         *batch, q_len, head = query.type.static_shape
         k_len = key.type.static_shape[-2]
-        return Cost(2 * products * math.prod(batch) * q_len * k_len * head, bytes_moved(op))
+        seen = min(q_len, k_len)
+        later = seen * (seen - 1) // 2 + (k_len - seen) * q_len
+        pairs = q_len * k_len - (later if op.attrs.get("is_causal", False) else 0)
+        return Cost(2 * products * math.prod(batch) * pairs * head, bytes_moved(op))
 
     return cost
 

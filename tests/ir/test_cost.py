@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -85,12 +86,23 @@ MODELS: dict[str, Callable[[], Sample]] = {
 Shape = tuple[int, ...]
 
 
-def forward_flops(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(q, k, v))
+def seen(q: Shape, k: Shape, causal: bool) -> Fraction:
+    """The part of the pairs of queries and keys that attention has."""
+    pairs = torch.ones(q[-2], k[-2])
+    return Fraction(int((pairs.tril() if causal else pairs).sum()), pairs.numel())
 
 
-def backward_flops(grad: Shape, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad, q, k, v))
+def forward_flops(
+    q: Shape, k: Shape, v: Shape, dropout: float = 0, causal: bool = False, **_: Any
+) -> int:
+    return int(sdpa_flop_count(q, k, v) * seen(q, k, causal))
+
+
+def backward_flops(
+    grad: Shape, q: Shape, k: Shape, v: Shape, out: Shape, lse: Shape, dropout: float, causal: bool,
+    **_: Any,
+) -> int:  # fmt: skip
+    return int(sdpa_backward_flop_count(grad, q, k, v) * seen(q, k, causal))
 
 
 aten = torch.ops.aten
@@ -152,6 +164,18 @@ def call(name: str, *types: str, result: str, **attrs: Any) -> Op:
 )
 def test_costs(op: Op, wanted: Cost) -> None:
     assert op.opdef.cost(op) == wanted
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("t", "s"), [(1, 1), (5, 5), (5, 9), (9, 5), (1, 7)])
+def test_causal_attention_is_a_triangle(t: int, s: int, causal: bool) -> None:
+    q, k = f"f32[2,3,{t},4]", f"f32[2,3,{s},4]"
+    name = "aten._scaled_dot_product_flash_attention_for_cpu.default"
+    operands = tuple(Value(parse_type(x), n) for x, n in ((q, "q"), (k, "k"), (k, "v")))
+    results = Value(parse_type(q), "out"), Value(parse_type(f"f32[2,3,{t}]"), "lse")
+    op = Op(lookup(name), (*operands, None), {"is_causal": causal}, results)
+    of_q, of_k, of_v = (v.type.static_shape for v in operands)
+    assert op.opdef.cost(op).flops == forward_flops(of_q, of_k, of_v, causal=causal)
 
 
 def test_a_value_read_twice_moves_once() -> None:
