@@ -3,7 +3,8 @@
 A kernel has one domain of loops; every node in it lives on one of the levels of `levels.py`. A
 reduction takes `full` to `outer` or `columns`, or to `none` where there is neither. Greedy, in
 program order: a node joins the kernels of its operands where levels agree and no path leaves the
-kernel and comes back. A sum over rows also joins another reader of what it sums up.
+kernel and comes back. A sum over rows also joins another reader of what it sums up, and what is
+computed again joins the epilogue that reads the same.
 """
 
 from __future__ import annotations
@@ -109,10 +110,9 @@ class Grouping:
         self.units: dict[int, Unit] = {}
         self.unit_of: dict[Node, int] = {}
         self.placed: dict[Node, Placed] = {}
-        reductions = (n for n in work.nodes if n.work is Work.REDUCTION)
-        self.readers: dict[Base, list[tuple[Ref, Placed]]] = {
-            n.refs[0].base: [] for n in reductions
-        }
+        summed = (n.refs[0].base for n in work.nodes if n.work is Work.REDUCTION)
+        again = (r.base for n in work.nodes if is_recomputed(n) for r in n.refs)
+        self.readers: dict[Base, list[tuple[Ref, Placed]]] = {b: [] for b in (*summed, *again)}
         self.fuse = fuse
         self.wide_readers = _wide_readers(work)
         self.heavy = [n.index for n in work.nodes if n.work in (Work.PRODUCT, Work.LIBRARY)]
@@ -137,6 +137,8 @@ class Grouping:
                 self._try_merge(ref, placed)
             if node.work is Work.REDUCTION:
                 self._join_readers(node.refs[0], placed)
+            for ref in node.refs if node.work is Work.POINTWISE else ():
+                self._join_recomputed(ref, placed)
         for ref in node.refs:
             if ref.base in self.readers:
                 self.readers[ref.base].append((ref, placed))
@@ -227,6 +229,15 @@ class Grouping:
                 continue
             pairs = list(zip(reader.domain, placed.domain, strict=True))
             self._merge(a, b, pairs)
+
+    def _join_recomputed(self, ref: Ref, placed: Placed) -> None:
+        """Merges what is computed again with the epilogue that reads the same in the same order."""
+        for other, reader in self.readers.get(ref.base, ())[-MAX_READERS:]:
+            a, b = self.units[self.unit_of[reader.node]], self.units[self.unit_of[placed.node]]
+            if a is b or b.product is None or a.product or not is_recomputed(reader.node):
+                continue
+            if other.layout == ref.layout and len(reader.domain) == len(placed.domain):
+                self._merge(a, b, list(zip(reader.domain, placed.domain, strict=True)))
 
     def _sums_columns(self, unit: Unit) -> bool:
         if unit.outer is None or unit.columns is not None:
@@ -421,6 +432,11 @@ def _wide_readers(work: WorkList) -> dict[Base, int]:
 def reads_whole(node: Node) -> bool:
     """Whether the node reads its operands as a whole: a random key, the sides of a product."""
     return node.name in KEYED or node.work is Work.PRODUCT
+
+
+def is_recomputed(node: Node) -> bool:
+    """Whether a pointwise node computes again what the forward pass has."""
+    return node.work is Work.POINTWISE and node.loc.phase is Phase.RECOMPUTE
 
 
 def _covers(atoms: Atoms, axes: Axes, placed: Placed) -> bool:
