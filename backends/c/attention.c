@@ -27,6 +27,7 @@ static int ss_use_tiles = -1;
 enum { ss_use_tiles = 0 };
 #endif
 
+#define SS_AHEAD 32 /* rows that are fetched ahead while packing */
 #define SS_LOG2E 1.44269504088896340736
 #define SS_LN2 0.69314718055994530942
 

@@ -148,9 +148,7 @@ static void NAME(pack_row)(
 #if KU == 2
     uint16_t *to = (uint16_t *)row;
     const uint16_t *from = (const uint16_t *)p + at;
-    int64_t done = 0;
-    for (; step == 1 && done + LANES <= depth; done += LANES) memcpy(to + done, from + done, 2 * LANES);
-    for (int64_t d = done; d < depth; d++) to[d] = from[d * step];
+    for (int64_t d = 0; d < depth; d++) to[d] = from[d * step];
 #else
     REAL *to = row;
 #define SS_COPY(T, f)                                                                              \
@@ -172,13 +170,16 @@ static void NAME(pack_row)(
 static void NAME(pack)(
     const void *p, int64_t at, ss_strides s, int kind, int64_t n, int64_t depth, int64_t width,
     UNIT *rows) {
-    const char *base = p;
     const int64_t size = ss_element_size(kind), row = s.t * size;
-    for (int64_t i = 0; i < n; i++) {
-        const int64_t first = at + i * s.t;
+    const char *from = (const char *)p + at * size;
+    const int whole = KU == 2 && s.d == 1 && depth == width; /* vectors of half a cache line */
+    for (int64_t i = 0; i < n; i++, from += row, rows += width / KU) {
         for (int64_t ahead = 0; ahead < depth * size; ahead += 64)
-            __builtin_prefetch(base + first * size + 8 * row + ahead);
-        NAME(pack_row)(p, first, s.d, kind, depth, width, rows + i * (width / KU));
+            __builtin_prefetch(from + SS_AHEAD * row + ahead);
+        if (!whole)
+            NAME(pack_row)(p, at + i * s.t, s.d, kind, depth, width, rows);
+        else
+            for (int64_t d = 0; d < width; d += 16) memcpy((uint16_t *)rows + d, from + 2 * d, 32);
     }
 }
 
@@ -519,8 +520,12 @@ static void NAME(backward_block)(
         NAME(pair)(w->grad, m, width, w->grad_rows);
         NAME(pair)(w->q, m, width, w->q_rows);
     }
+    const int64_t size = ss_element_size(s->kind);
     for (int64_t i = 0; i < n; i++) {
         const int64_t t = t0 + i;
+        const char *ahead = (const char *)b[4] + size *
+            (batch * s->out.b + head * s->out.h + (t + SS_AHEAD) * s->out.t);
+        for (int64_t d = 0; d < s->depth * size; d += 64) __builtin_prefetch(ahead + d);
         const REAL lse = ((const REAL *)b[5])[batch * s->lse.b + head * s->lse.h + t * s->lse.t];
         w->lse[i] = lse == -INFINITY ? 0 : lse * (REAL)SS_LOG2E;
         w->delta[i] = NAME(dot)(b[0], batch * s->grad.b + head * s->grad.h + t * s->grad.t,
