@@ -43,9 +43,9 @@ BUILTIN: tuple[type[Pass], ...] = (
     FoldConstants,
     SimplifyAlgebra,
     CommonSubexpressions,
-    CausalAttention,
     GroupHeads,
     PropagateSlices,
+    CausalAttention,
     MergeProducts,
     DeadCode,
     ChunkLoss,
@@ -83,9 +83,9 @@ def default_pipeline(keep: frozenset[str] | None = None, precision: str = "fp32"
         FoldConstants(),
         SimplifyAlgebra(),
         CommonSubexpressions(),
-        CausalAttention(),
         GroupHeads(),
         PropagateSlices(),
+        CausalAttention(),  # of queries that are read: a part of a mask is one, of causal none
         MergeProducts(),
         DeadCode(),
     ]

@@ -133,7 +133,7 @@ def attention_factors(op: Op) -> FactorMap:
     Queries are free of each other, unless which keys they see depends on their position. Gradients
     of keys and values are sums over them.
     """
-    if any(v.type.rank not in (3, 4) for v in op.inputs) or op.inputs[0].type.rank != 4:
+    if any(v.type.rank not in (2, 3, 4) for v in op.inputs) or op.inputs[0].type.rank != 4:
         return keep_whole(op)
     batch, heads = op.inputs[0].type.shape[:2]
     query, key = _query_key(op)
@@ -142,6 +142,8 @@ def attention_factors(op: Op) -> FactorMap:
     free_queries = not op.attr("is_causal")
 
     def of(v: Value, queries: bool) -> Dims:
+        if v.type.rank == 2:  # a mask of queries and keys
+            return ("q" if free_queries and v.type.shape[0] == query.type.shape[2] else None, None)
         free = (v.type.shape[0] == batch, v.type.shape[1] == heads and not shared)
         length = v.type.shape[2] == query.type.shape[2]
         rest = ("q" if queries and length and free_queries else None, *(None,) * (v.type.rank - 3))

@@ -75,6 +75,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def masked_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
 QKV = ["f32[3,4,8,16]"] * 3
 GROUPED = ["f32[3,4,8,16]", "f32[3,2,8,16]", "f32[3,2,8,16]"]
 
@@ -93,6 +99,11 @@ EXTRA: list[tuple[Callable[..., Any], list[str], str]] = [
     ),
     (attention, QKV, "_scaled_dot_product_flash_attention_for_cpu.default"),
     (backward(attention), QKV, "_scaled_dot_product_flash_attention_for_cpu_backward.default"),
+    *(
+        (f, [*QKV, mask], f"_scaled_dot_product_flash_attention_for_cpu{name}.default")
+        for f, name in ((masked_attention, ""), (backward(masked_attention), "_backward"))
+        for mask in ("f32[8,8]", "f32[1,8]", "f32[1,1,8,8]", "f32[3,4,1,8]")
+    ),
     (grouped_attention, GROUPED, "_scaled_dot_product_flash_attention_for_cpu.default"),
     (
         backward(grouped_attention),

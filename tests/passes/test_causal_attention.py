@@ -292,6 +292,28 @@ def test_training(mask: Mask) -> None:
         return ss.compile(model, loss, optimizer, (x, seen))
 
     step = train_both(Block(mask), compiled, loss, (x, seen), lr=0.1, tolerance=1e-5)
-    function = step.program((x, seen)).function
-    found = facts([op for op in function.ops if op.name in ATTENTION])
+    found = facts(of_attention(step, (x, seen)))
     assert found == {(True, mask in IN_PART)}
+
+
+def of_attention(step: Step, batch: tuple[Tensor, ...]) -> list[Op]:
+    return [op for op in step.program(batch).function.ops if op.name in ATTENTION]
+
+
+@pytest.mark.parametrize("mask", [by_triangle, by_positions], ids=lambda f: f.__name__)
+def test_the_last_query_sees_all_keys(mask: Mask) -> None:
+    """Where only it is read, nothing else is computed; what is left of the mask hides nothing."""
+    torch.manual_seed(0)
+    batch = torch.randn(2, 37, 24), torch.ones(2, 37, dtype=torch.int64)
+
+    def loss(model: nn.Module, x: Tensor, seen: Tensor) -> Tensor:
+        last: Tensor = model(x, seen)[:, -1]
+        return last.square().mean()
+
+    def compiled(model: nn.Module) -> Step:
+        return ss.compile(model, loss, torch.optim.SGD(model.parameters(), lr=0.1), batch)
+
+    step = train_both(Block(mask), compiled, loss, batch, lr=0.1, tolerance=1e-5)
+    ops = of_attention(step, batch)
+    assert facts(ops) == {(False, False)}
+    assert all(v.type.static_shape[2] == 1 for op in ops for v in op.inputs[:1])
