@@ -41,7 +41,8 @@ class Rematerialize(Pass):
 
     Attributes:
         max_chain: the most ops that are duplicated for one value, beside products.
-        window: a duplicate serves readers up to so many ops further on; later ones get their own.
+        window: a duplicate serves readers up to so many ops further on, that of a weight in a lower
+            precision so many after its last reader; later ones get their own.
         products: how much of the FLOPs of all products may be done again; 0 for none.
         worth: the least that the part of memory saved is to the part of work added.
 
@@ -359,7 +360,10 @@ def _duplicate(function: Function, plan: _Plan, chosen: set[Value], window: int)
     def duplicate(v: Value) -> None:
         chain, now = plan.chain(v) or [], len(ops)
         for op in sorted(chain, key=order.__getitem__):
-            if not any(_is_near(fresh, r, now, window) for r in op.results):
+            near = [r for r in op.results if _is_near(fresh, r, now, window)]
+            if op.name == CAST:  # each step of a recurrence reads its weights
+                fresh.update((r, (now, fresh[r][1])) for r in near)
+            if not near:
                 copies = tuple(names.fresh(r.type, r.name) for r in op.results)
                 own = op.map_operands(
                     lambda i: fresh[i][1] if _is_near(fresh, i, now, window) else i
@@ -379,5 +383,5 @@ def _duplicate(function: Function, plan: _Plan, chosen: set[Value], window: int)
 
 
 def _is_near(fresh: dict[Value, tuple[int, Value]], v: Value, now: int, window: int) -> bool:
-    """Whether a duplicate was made recently enough to be read again."""
+    """Whether a duplicate was made or read recently enough to be read again."""
     return v in fresh and now - fresh[v][0] <= window

@@ -24,9 +24,8 @@ SS_INLINE int ss_signbit(double x) { return __builtin_signbit(x) != 0; }
 
 SS_INLINE float ss_from_bf16(uint16_t x) { return ss_float((uint32_t)x << 16); }
 SS_INLINE uint32_t ss_bf16_bits(float x) {
-    uint32_t b = ss_bits(x);
-    uint32_t r = (b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u;
-    return x != x ? 0x7fc00000u : r;
+    const uint32_t b = ss_bits(x), even = 0x7fffu + ((b >> 16) & 1u), quiet = 0x400000u & ~b;
+    return (b + (x != x ? quiet : even)) & 0xffff0000u; /* a NaN stays one */
 }
 SS_INLINE float ss_round_bf16(float x) { return ss_float(ss_bf16_bits(x)); }
 SS_INLINE uint16_t ss_to_bf16(float x) { return (uint16_t)(ss_bf16_bits(x) >> 16); }

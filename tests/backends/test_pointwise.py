@@ -13,7 +13,7 @@ from shoestring.ir import Builder, Role, TensorType, Value, lookup, make_op
 from shoestring.ir.errors import IRError
 from shoestring.ir.ops.pointwise import OPS
 
-from .helpers import compare
+from .helpers import compare, traced
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32,
           torch.int16, torch.int8, torch.uint8, torch.bool]  # fmt: skip
@@ -118,3 +118,14 @@ def test_halves_and_one_number_of_another_type(half: torch.dtype, other: torch.d
         b.output(f"{name} y, x", b.emit(f"aten.{name}", y, x))
     given = sample(half, (257,), 0, special=False).abs() + 0.25
     compare(b.build(), [given, torch.tensor(1.2345 if other.is_floating_point else 1001).to(other)])
+
+
+def test_bf16_is_rounded_to_even_and_nan_stays_nan() -> None:
+    """Every high half of an f32 with low halves about the middle, and those of NaN."""
+    high = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) << 16
+    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    x = (high.unsqueeze(1) | low).view(torch.float32)
+    (mine,) = compare(traced(lambda x: x.bfloat16(), [x]), [x]).run([x])
+    assert torch.equal(mine.isnan(), x.isnan())
+    known = ~x.isnan()
+    assert torch.equal(mine[known].view(torch.int16), x.bfloat16()[known].view(torch.int16))

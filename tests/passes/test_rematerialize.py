@@ -198,6 +198,17 @@ def test_weights_that_the_forward_pass_reads_again_are_rounded_once() -> None:
     assert again(rounded(between=70, then=then, last="h")) == []
 
 
+def test_a_weight_of_a_recurrence_is_rounded_again_once() -> None:
+    """Each step of the backward pass reads it soon after the one before."""
+    reads = "\n".join(
+        f"  %g{i + 1}: bf16[256,256] = aten.mm.default(%g{i}, %b) {B}\n"
+        f"  %n{i + 1}: bf16[256,256] = aten.neg.default(%g{i + 1}) {B}"
+        for i in range(200)
+    )
+    first = f"  %g0: bf16[256,256] = aten.neg.default(%g) {B}\n"
+    assert again(rounded(70, first + reads, "n200")) == ["aten._to_copy.default"]
+
+
 def layers(count: int) -> Function:
     """x -> (product with 64 columns, exp, product back) `count` times, and back through them."""
     forward, backward = list[str](), list[str]()
