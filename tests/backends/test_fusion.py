@@ -383,6 +383,54 @@ func @f {
     assert all(names.count("aten.exp.default") < 2 for names in ops)
 
 
+AGAIN = 'loc("m.py":1 "" recompute)'
+BACK = 'loc("m.py":1 "" backward)'
+
+
+@pytest.mark.parametrize(
+    ("lines", "joins"),
+    [
+        (f"""
+  %a: f32[30,20] = aten.gelu.default(%h) {AGAIN}
+  %at: f32[20,30] = aten.permute.default(%a) {{dims=[1, 0]}}
+  %y: f32[20,9] = aten.mm.default(%at, %g) {BACK}
+  %d: f32[30,20] = aten.mm.default(%g, %w) {BACK}""", True),
+        # The product waits for it.
+        (f"""
+  %a: f32[30,20] = aten.gelu.default(%h) {AGAIN}
+  %y: f32[30,9] = aten.mm.default(%a, %v) {BACK}
+  %d: f32[30,20] = aten.mm.default(%y, %w) {BACK}""", False),
+        # Read in another order.
+        (f"""
+  %ht: f32[20,30] = aten.permute.default(%h) {{dims=[1, 0]}}
+  %y: f32[20,30] = aten.gelu.default(%ht) {AGAIN}
+  %d: f32[30,20] = aten.mm.default(%g, %w) {BACK}""", False),
+        # Not computed again: it was there before.
+        (f"""
+  %y: f32[30,20] = aten.gelu.default(%h)
+  %d: f32[30,20] = aten.mm.default(%g, %w) {BACK}""", False),
+    ],
+    ids=["read-later", "waited-for", "turned", "forward"],
+)  # fmt: skip
+def test_what_is_computed_again_joins_an_epilogue(lines: str, joins: bool) -> None:
+    """The gradient of an activation reads what the activation does: both in one pass."""
+    f = parse(f"""
+func @f {{
+  batch %h: f32[30,20] "h"
+  batch %g: f32[30,9] "g"
+  batch %v: f32[20,9] "v"
+  batch %w: f32[9,20] "w"{lines}
+  %dh: f32[30,20] = aten.gelu_backward.default(%d, %h) {BACK}
+  return dh=%dh, y=%y
+}}
+""")
+    torch.manual_seed(0)
+    arguments = [torch.randn(p.value.type.static_shape) for p in f.params]
+    kernels = [set(k.ops) for k in compare(f, arguments, rtol=1e-4, atol=1e-5).kernels]
+    both = {"aten.gelu.default", "aten.gelu_backward.default"}
+    assert any(both <= ops for ops in kernels) == joins
+
+
 def test_what_a_loop_reads_all_along_is_loaded_before_it() -> None:
     """The gradient of a norm per channel and an activation: a condition in each pass."""
 
