@@ -28,6 +28,7 @@ NOT = frozenset({"aten.bitwise_not.default", "aten.logical_not.default"})
 WHERE, ADD = "aten.where.self", "aten.add.Tensor"
 # A score less than that weighs nothing beside one that a query may see.
 LOWEST = torch.finfo(torch.bfloat16).min
+TOO_LARGE = "the mask is too large to evaluate"
 DEEPEST = 64  # ops between a mask and what is known of it
 
 
@@ -74,7 +75,7 @@ class CausalAttention(Pass):
 
     def run(self, function: Function) -> tuple[Function, PassReport]:
         report = PassReport()
-        masks = _Masks(function, Constants(function, self.limit))
+        masks = _Masks(function, self.limit)
         found: dict[object, tuple[bool, bool] | str] = {}
         ops: list[Op] = []
         for op in function.ops:
@@ -124,13 +125,16 @@ class _Masks:
     Bounds are tensors of bool that broadcast to what they are of; None says nothing.
     """
 
-    def __init__(self, function: Function, constants: Constants) -> None:
+    def __init__(self, function: Function, limit: int) -> None:
         self._function = function
-        self._constants = constants
+        self._limit = limit
+        self._constants = Constants(function, limit)
         self._known: dict[tuple[str, Value], Tensor | None] = {}
 
     def read(self, mask: Value, causal: bool, square: tuple[int, int]) -> tuple[bool, bool] | str:
         """Whether attention with this mask is causal, and whether it needs the mask; or why not."""
+        if math.prod(square) > self._limit:
+            return TOO_LARGE
         earlier = torch.ones(square, dtype=torch.bool).tril()
         elements = self._constants.elements(mask) if mask in self._constants else None
         if elements is not None:
@@ -146,7 +150,7 @@ class _Masks:
         if seen is not None and not bool((seen & ~earlier).any()):
             return True, True
         if mask in self._constants and elements is None:
-            return "the mask is too large to evaluate"
+            return TOO_LARGE
         return "later keys may be seen"
 
     def seen(self, mask: Value, depth: int = 0) -> Tensor | None:
