@@ -94,14 +94,18 @@ class CausalAttention(Pass):
                 ops.append(op)
                 continue
             report.changed += 1
-            ops.append(_told(op, mask, *what))
+            ops.append(_told(op, *what))
         return (function.with_ops(ops) if report.changed else function), report
+
+
+def _place(op: Op) -> int:
+    return op.opdef.operand_names.index("attn_mask")
 
 
 def _mask(op: Op) -> Value | None:
     if op.name not in ATTENTION:
         return None
-    mask = op.operands[op.opdef.operand_names.index("attn_mask")]
+    mask = op.operands[_place(op)]
     static = all(v.type.is_static for v in op.inputs)
     return mask if isinstance(mask, Value) and static else None
 
@@ -113,10 +117,12 @@ def _square(op: Op) -> tuple[int, int]:
     return q.type.static_shape[-2], k.type.static_shape[-2]
 
 
-def _told(op: Op, mask: Value, causal: bool, needed: bool) -> Op:
-    operands = tuple(None if o is mask and not needed else o for o in op.operands)
+def _told(op: Op, causal: bool, needed: bool) -> Op:
+    operands = list(op.operands)
+    if not needed:
+        operands[_place(op)] = None
     attrs = {**op.attrs, "is_causal": True} if causal else op.attrs
-    return replace(op, operands=operands, attrs=attrs)
+    return replace(op, operands=tuple(operands), attrs=attrs)
 
 
 class _Masks:
