@@ -30,7 +30,8 @@ class ChunkLoss(Pass):
     The loss is written as pointwise ops and reductions of rows. Gradients of rows are joined,
     those of the weight and the bias are added up in the order of the rows. Whatever else is done
     to logits row by row (softcapping, z-loss, label smoothing, argmax) goes along. Where a reader
-    needs the logits of all rows, nothing is changed. A target that is no class gives a loss of NaN.
+    needs the logits of all rows, nothing is changed. A target that is no class is an error before any
+    parameter is updated, as in PyTorch.
 
     Attributes:
         chunk_bytes: bytes of one chunk's logits, as f32, where the other limits allow it.
@@ -83,11 +84,11 @@ class ChunkLoss(Pass):
           %p.4: f32[256,1] = aten.cat.default([%p.4.1, %p.4.2])
           %l.13: f32[256,1] = aten.cat.default([%l.13.1, %l.13.2])
           %l.1: bool[256] = aten.eq.Scalar(%t) {other=-1}
-          %l.2: f32[256] = aten.full.default() {size=[256], fill_value=1.0, dtype=f32}
-          %l.3: bool[256] = aten.lt.Scalar(%t) {other=0}
-          %l.4: bool[256] = aten.ge.Scalar(%t) {other=4096}
-          %l.5: bool[256] = aten.logical_or.default(%l.3, %l.4)
-          %l.6: f32[256] = aten.masked_fill.Scalar(%l.2, %l.5) {value=nan}
+          %l.2: f32[4096] = aten.full.default() {size=[4096], fill_value=1.0, dtype=f32}
+          %l.3: i64[256] = aten.masked_fill.Scalar(%t, %l.1) {value=0}
+          %l.4: i64[256] = aten.view.default(%l.3) {size=[256]}
+          %l.5: f32[256] = aten.index_select.default(%l.2, %l.4) {dim=0}
+          %l.6: f32[256] = aten.view.default(%l.5) {size=[256]}
           %l.7: f32[256] = aten.masked_fill.Scalar(%l.6, %l.1) {value=0.0}
           %l.14: f32[256,1] = aten.log.default(%p.4)
           %l.15: f32[256,1] = aten.sub.Tensor(%l.13, %l.14)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from shoestring.ir import Function, Loc, Op, Operand, Value, make_op
+from shoestring.ir import Function, Loc, Number, Op, Operand, Value, make_op
 
 from ..editing import Names, append
 
@@ -25,7 +25,6 @@ BACKWARD = ("aten.nll_loss_backward.default", "aten.nll_loss2d_backward.default"
 EXPANDED = frozenset({LOG_SOFTMAX, LOG_SOFTMAX_BACKWARD, *FORWARD, *BACKWARD})
 
 NONE, MEAN, SUM = 0, 1, 2  # PyTorch's numbers of `reduction`
-NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class _Rows:
 
     Attributes:
         ignored: bool[N, ...].
-        weight: the weight of its class; 0 where ignored, NaN where there is no such class.
+        weight: the weight of its class; 0 where ignored.
     """
 
     ignored: Value
@@ -99,7 +98,7 @@ class CrossEntropy:
             return x
         return self.emit("aten._to_copy.default", x, result=result, dtype=dtype)
 
-    def fill(self, x: Value, mask: Value, value: float, result: Value | None = None) -> Value:
+    def fill(self, x: Value, mask: Value, value: Number, result: Value | None = None) -> Value:
         return self.emit("aten.masked_fill.Scalar", x, mask, result=result, value=value)
 
     def over(self, name: str, x: Value, dim: int) -> Value:
@@ -186,22 +185,17 @@ class CrossEntropy:
         key = (t, class_weight, ignore, classes, dtype)
         if key not in self.rows:
             ignored = self.emit("aten.eq.Scalar", t, other=ignore)
-            if isinstance(class_weight, Value):
-                weight = self._class_weights(class_weight, t, classes)
-            else:
-                weight = self.emit(
-                    "aten.full.default", size=t.type.shape, fill_value=1.0, dtype=dtype
+            if not isinstance(class_weight, Value):
+                class_weight = self.emit(
+                    "aten.full.default", size=(classes,), fill_value=1.0, dtype=dtype
                 )
-            # PyTorch raises an error for a target that is no class.
-            below = self.emit("aten.lt.Scalar", t, other=0)
-            above = self.emit("aten.ge.Scalar", t, other=classes)
-            weight = self.fill(weight, self.emit("aten.logical_or.default", below, above), NAN)
+            weight = self._class_weights(class_weight, self.fill(t, ignored, 0))
             self.rows[key] = _Rows(ignored, self.fill(weight, ignored, 0.0))
         return self.rows[key]
 
-    def _class_weights(self, weight: Value, t: Value, classes: int) -> Value:
-        known = self.emit("aten.clamp.default", t, min=0, max=classes - 1)
-        flat = self.emit("aten.view.default", known, size=(t.type.numel,))
+    def _class_weights(self, weight: Value, t: Value) -> Value:
+        """Looked up, so that a target that is no class is an error, and no parameter is updated."""
+        flat = self.emit("aten.view.default", self.cast(t, torch.int64), size=(t.type.numel,))
         picked = self.emit("aten.index_select.default", weight, flat, dim=0)
         return self.emit("aten.view.default", picked, size=t.type.shape)
 

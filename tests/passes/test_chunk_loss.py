@@ -130,12 +130,30 @@ def test_infinite_logits_of_other_classes() -> None:
     assert "changed 1" in run_both(Model(), loss, tokens_and_targets(classes=11))
 
 
-def test_target_that_is_no_class_gives_nan() -> None:
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("wrong", [13, -1, -101, 1 << 40])
+@pytest.mark.parametrize("backend", ["c", "reference"])
+def test_target_that_is_no_class_is_an_error(backend: str, wrong: int, weighted: bool) -> None:
+    """Nothing is updated, and the next batch trains as if it had not been."""
     tokens, targets = tokens_and_targets()
-    step = compiled(Model(), cross_entropy(), (tokens, targets))
-    assert step(tokens, targets).isfinite()
-    targets[2] = 13
-    assert step(tokens, targets).isnan()
+    loss = cross_entropy(weight=torch.rand(13)) if weighted else cross_entropy()
+    model, other = Model(), Model()
+    other.load_state_dict(model.state_dict())
+    batch = tokens, targets
+
+    def make(m: nn.Module) -> Step:
+        optimizer = torch.optim.AdamW(m.parameters(), lr=0.1)
+        return ss.compile(m, loss, optimizer, batch, passes=pipeline(SMALL), backend=backend)
+
+    step, alone = make(model), make(other)
+    good = targets.clone()
+    assert torch.equal(step(tokens, good), alone(tokens, good))
+    targets[2] = wrong
+    with pytest.raises(IndexError):
+        step(tokens, targets)
+    assert torch.equal(step(tokens, good), alone(tokens, good))
+    for mine, wanted in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, wanted)
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["loss inside", "loss outside"])
