@@ -78,6 +78,7 @@ class CausalAttention(Pass):
         masks = _Masks(function, self.limit)
         found: dict[object, tuple[bool, bool] | str] = {}
         ops: list[Op] = []
+        without = 0
         for op in function.ops:
             mask = _mask(op)
             if mask is None:
@@ -94,7 +95,10 @@ class CausalAttention(Pass):
                 ops.append(op)
                 continue
             report.changed += 1
+            without += not what[1]
             ops.append(_told(op, *what))
+        if report.changed:
+            report.note(f"{without} need no mask any more, {report.changed - without} keep it")
         return (function.with_ops(ops) if report.changed else function), report
 
 

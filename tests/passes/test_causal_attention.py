@@ -292,6 +292,9 @@ def test_training(mask: Mask) -> None:
         return ss.compile(model, loss, optimizer, (x, seen))
 
     step = train_both(Block(mask), compiled, loss, (x, seen), lr=0.1, tolerance=1e-5)
+    records = {r.name: str(r) for r in step.program((x, seen)).records}
+    kept = 2 if mask in IN_PART else 0
+    assert f"{2 - kept} need no mask any more, {kept} keep it" in records["causal_attention"]
     found = facts(of_attention(step, (x, seen)))
     assert found == {(True, mask in IN_PART)}
 
