@@ -85,7 +85,7 @@ def default_pipeline(keep: frozenset[str] | None = None, precision: str = "fp32"
         CommonSubexpressions(),
         GroupHeads(),
         PropagateSlices(),
-        CausalAttention(),  # of queries that are read: a part of a mask is one, of causal none
+        CausalAttention(),  # slices go through attention with a mask, not through a causal one
         MergeProducts(),
         DeadCode(),
     ]
