@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -12,20 +10,18 @@ import torch
 from torch import Tensor
 
 from shoestring.ir import Function, Kind, Op, Value, run_op
+from shoestring.ir.ops.contractions import query_key
 
 from .base import Numerics, Pass, PassReport
 from .constants import Constants
+from .group_heads import BACKWARD, FORWARD
 
-ATTENTION = frozenset(
-    {
-        "aten._scaled_dot_product_flash_attention_for_cpu.default",
-        "aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
-    }
-)
+ATTENTION = frozenset({FORWARD, BACKWARD})
 AND = frozenset({"aten.bitwise_and.Tensor", "aten.logical_and.default"})
 OR = frozenset({"aten.bitwise_or.Tensor", "aten.logical_or.default"})
 NOT = frozenset({"aten.bitwise_not.default", "aten.logical_not.default"})
 WHERE, ADD = "aten.where.self", "aten.add.Tensor"
+PAIRS = AND | OR | {ADD}
 # A score less than that weighs nothing beside one that a query may see.
 LOWEST = torch.finfo(torch.bfloat16).min
 TOO_LARGE = "the mask is too large to evaluate"
@@ -75,31 +71,28 @@ class CausalAttention(Pass):
 
     def run(self, function: Function) -> tuple[Function, PassReport]:
         report = PassReport()
+        places = {op: mask for op in function.ops if (mask := _mask(op)) is not None}
+        report.matched = len(places)
+        if not places:
+            return function, report
         masks = _Masks(function, self.limit)
         found: dict[object, tuple[bool, bool] | str] = {}
-        ops: list[Op] = []
-        without = 0
-        for op in function.ops:
-            mask = _mask(op)
-            if mask is None:
-                ops.append(op)
-                continue
-            report.matched += 1
-            causal, square = bool(op.attrs.get("is_causal", False)), _square(op)
-            case = (mask, causal, square)
+        told: dict[Op, Op] = {}
+        for op, mask in places.items():
+            case = (mask, bool(op.attrs.get("is_causal", False)), _square(op))
             if case not in found:
-                found[case] = masks.read(mask, causal, square)
+                found[case] = masks.read(*case)
             what = found[case]
             if isinstance(what, str):
                 report.skip(what, op.loc)
-                ops.append(op)
-                continue
-            report.changed += 1
-            without += not what[1]
-            ops.append(_told(op, *what))
-        if report.changed:
-            report.note(f"{without} need no mask any more, {report.changed - without} keep it")
-        return (function.with_ops(ops) if report.changed else function), report
+            else:
+                told[op] = _told(op, *what)
+        if not told:
+            return function, report
+        report.changed = len(told)
+        kept = sum(_mask(op) is not None for op in told.values())
+        report.note(f"{len(told) - kept} need no mask any more, {kept} keep it")
+        return function.with_ops([told.get(op, op) for op in function.ops]), report
 
 
 def _place(op: Op) -> int:
@@ -116,8 +109,7 @@ def _mask(op: Op) -> Value | None:
 
 def _square(op: Op) -> tuple[int, int]:
     """How many queries and keys."""
-    query = op.opdef.operand_names.index("query")
-    q, k = op.inputs[query : query + 2]
+    q, k = query_key(op)
     return q.type.static_shape[-2], k.type.static_shape[-2]
 
 
@@ -139,7 +131,7 @@ class _Masks:
         self._function = function
         self._limit = limit
         self._constants = Constants(function, limit)
-        self._known: dict[tuple[str, Value], Tensor | None] = {}
+        self._known: dict[tuple[Value, bool | None], Tensor | None] = {}
 
     def read(self, mask: Value, causal: bool, square: tuple[int, int]) -> tuple[bool, bool] | str:
         """Whether attention with this mask is causal, and whether it needs the mask; or why not."""
@@ -163,79 +155,51 @@ class _Masks:
             return TOO_LARGE
         return "later keys may be seen"
 
-    def seen(self, mask: Value, depth: int = 0) -> Tensor | None:
+    def seen(self, mask: Value) -> Tensor | None:
         """Where a mask may be more than -inf."""
-        return self._bound("seen", mask, depth, self._seen)
+        return None if mask.type.dtype is torch.bool else self._bound(mask, None, 0)
 
-    def most(self, condition: Value, depth: int = 0) -> Tensor | None:
-        """Where a condition may be true."""
-        return self._bound("most", condition, depth, self._most)
+    def may(self, condition: Value, be: bool) -> Tensor | None:
+        """Where a condition may be true, or false."""
+        return self._bound(condition, be, 0) if condition.type.dtype is torch.bool else None
 
-    def least(self, condition: Value, depth: int = 0) -> Tensor | None:
-        """Where a condition is true in any case."""
-        return self._bound("least", condition, depth, self._least)
+    def _bound(self, v: Value, be: bool | None, depth: int) -> Tensor | None:
+        """Where a condition may `be` so; of None, where a mask may be more than -inf."""
+        if (v, be) not in self._known:
+            self._known[v, be] = self._find(v, be, depth)
+        return self._known[v, be]
 
-    def _bound(
-        self, kind: str, v: Value, depth: int, rule: Callable[[Op, int], Tensor | None]
-    ) -> Tensor | None:
-        if (kind, v) not in self._known:
-            self._known[kind, v] = None
-            self._known[kind, v] = self._find(kind, v, depth, rule)
-        return self._known[kind, v]
-
-    def _find(
-        self, kind: str, v: Value, depth: int, rule: Callable[[Op, int], Tensor | None]
-    ) -> Tensor | None:
+    def _find(self, v: Value, be: bool | None, depth: int) -> Tensor | None:
         op = self._function.producer(v)
-        if op is None or depth > DEEPEST or (kind != "seen") != (v.type.dtype is torch.bool):
+        if op is None or depth > DEEPEST or (be is not None) != (v.type.dtype is torch.bool):
             return None
         if v in self._constants:
             elements = self._constants.elements(v)
-            return elements != -math.inf if elements is not None and kind == "seen" else elements
+            return None if elements is None else elements != (-math.inf if be is None else not be)
         if op.opdef.kind is Kind.VIEW and len(op.inputs) == 1:
             (source,) = op.inputs
-            bound = self._bound(kind, source, depth + 1, rule)
+            bound = self._bound(source, be, depth + 1)
             if bound is None or not source.type.is_static:
                 return None
             return run_op(op, {source: bound.expand(source.type.static_shape)})[0]
-        return rule(op, depth + 1)
-
-    def _seen(self, op: Op, depth: int) -> Tensor | None:
-        if op.name == WHERE and len(op.inputs) == 3:
+        if op.name == WHERE and len(op.inputs) == 3 and be is None:
             condition, x, y = op.inputs
-            if_true = _all_of(self.most(condition, depth), self.seen(x, depth))
-            if_false = _all_of(_not(self.least(condition, depth)), self.seen(y, depth))
-            return None if if_true is None or if_false is None else if_true | if_false
-        if op.name == ADD and len(op.inputs) == 2 and op.attrs.get("alpha", 1) == 1:
-            return _all_of(*(self.seen(v, depth) for v in op.inputs))
-        return None
-
-    def _most(self, op: Op, depth: int) -> Tensor | None:
-        if op.name in AND:
-            return _all_of(*(self.most(v, depth) for v in op.inputs))
-        if op.name in NOT:
-            return _not(self.least(op.inputs[0], depth))
-        if op.name in OR and len(op.inputs) == 2:
-            x, y = (self.most(v, depth) for v in op.inputs)
-            return None if x is None or y is None else x | y
-        return None
-
-    def _least(self, op: Op, depth: int) -> Tensor | None:
-        if op.name in OR:
-            return _not(_all_of(*(_not(self.least(v, depth)) for v in op.inputs)))
-        if op.name in NOT:
-            return _not(self.most(op.inputs[0], depth))
-        if op.name in AND and len(op.inputs) == 2:
-            x, y = (self.least(v, depth) for v in op.inputs)
-            return None if x is None or y is None else x & y
+            if_true, if_false = (self._bound(condition, b, depth + 1) for b in (True, False))
+            shown, other = (self._bound(o, None, depth + 1) for o in (x, y))
+            return _either(_both(if_true, shown), _both(if_false, other))
+        if op.name in NOT and be is not None:
+            return self._bound(op.inputs[0], not be, depth + 1)
+        if op.name in PAIRS and len(op.inputs) == 2 and op.attrs.get("alpha", 1) == 1:
+            bounds = [self._bound(o, be, depth + 1) for o in op.inputs]
+            every = op.name == ADD or (op.name in AND) == be
+            return _both(*bounds) if every else _either(*bounds)
         return None
 
 
-def _not(bound: Tensor | None) -> Tensor | None:
-    return None if bound is None else ~bound
-
-
-def _all_of(*bounds: Tensor | None) -> Tensor | None:
+def _both(x: Tensor | None, y: Tensor | None) -> Tensor | None:
     """The and of those that say something."""
-    known = [b for b in bounds if b is not None]
-    return functools.reduce(torch.logical_and, known) if known else None
+    return y if x is None else x if y is None else x & y
+
+
+def _either(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    return None if x is None or y is None else x | y

@@ -174,8 +174,7 @@ static void NAME(pack)(
     const char *from = (const char *)p + at * size;
     const int whole = KU == 2 && s.d == 1 && depth == width; /* vectors of half a cache line */
     for (int64_t i = 0; i < n; i++, from += row, rows += width / KU) {
-        for (int64_t ahead = 0; ahead < depth * size; ahead += 64)
-            __builtin_prefetch(from + SS_AHEAD * row + ahead);
+        ss_fetch(from + SS_AHEAD * row, depth * size);
         if (!whole)
             NAME(pack_row)(p, at + i * s.t, s.d, kind, depth, width, rows);
         else
@@ -523,9 +522,8 @@ static void NAME(backward_block)(
     const int64_t size = ss_element_size(s->kind);
     for (int64_t i = 0; i < n; i++) {
         const int64_t t = t0 + i;
-        const char *ahead = (const char *)b[4] + size *
-            (batch * s->out.b + head * s->out.h + (t + SS_AHEAD) * s->out.t);
-        for (int64_t d = 0; d < s->depth * size; d += 64) __builtin_prefetch(ahead + d);
+        const int64_t ahead = batch * s->out.b + head * s->out.h + (t + SS_AHEAD) * s->out.t;
+        ss_fetch((const char *)b[4] + ahead * size, s->depth * size);
         const REAL lse = ((const REAL *)b[5])[batch * s->lse.b + head * s->lse.h + t * s->lse.t];
         w->lse[i] = lse == -INFINITY ? 0 : lse * (REAL)SS_LOG2E;
         w->delta[i] = NAME(dot)(b[0], batch * s->grad.b + head * s->grad.h + t * s->grad.t,

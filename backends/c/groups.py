@@ -138,7 +138,7 @@ class Grouping:
             if node.work is Work.REDUCTION:
                 self._join_readers(node.refs[0], placed)
             for ref in node.refs if node.work is Work.POINTWISE else ():
-                self._join_recomputed(ref, placed)
+                self._join_readers(ref, placed)
         for ref in node.refs:
             if ref.base in self.readers:
                 self.readers[ref.base].append((ref, placed))
@@ -220,23 +220,21 @@ class Grouping:
         self._absorb(a, b)
 
     def _join_readers(self, ref: Ref, placed: Placed) -> None:
-        """Merges a sum over rows with kernels that read the same elements in the same order."""
-        for other, reader in self.readers[ref.base][-MAX_READERS:]:
+        """Merges kernels that read the same elements in the same order.
+
+        A sum over rows joins any, and an epilogue what is computed again.
+        """
+        for other, reader in self.readers.get(ref.base, ())[-MAX_READERS:]:
             a, b = self.units[self.unit_of[reader.node]], self.units[self.unit_of[placed.node]]
             if a is b or other.layout != ref.layout or reads_whole(reader.node) or a.product:
                 continue
-            if len(reader.domain) != len(placed.domain) or not self._sums_columns(b):
+            if len(reader.domain) != len(placed.domain):
                 continue
-            pairs = list(zip(reader.domain, placed.domain, strict=True))
-            self._merge(a, b, pairs)
-
-    def _join_recomputed(self, ref: Ref, placed: Placed) -> None:
-        """Merges what is computed again with the epilogue that reads the same in the same order."""
-        for other, reader in self.readers.get(ref.base, ())[-MAX_READERS:]:
-            a, b = self.units[self.unit_of[reader.node]], self.units[self.unit_of[placed.node]]
-            if a is b or b.product is None or a.product or not is_recomputed(reader.node):
-                continue
-            if other.layout == ref.layout and len(reader.domain) == len(placed.domain):
+            if (
+                self._sums_columns(b)
+                if placed.node.work is Work.REDUCTION
+                else (b.product and is_recomputed(reader.node))
+            ):
                 self._merge(a, b, list(zip(reader.domain, placed.domain, strict=True)))
 
     def _sums_columns(self, unit: Unit) -> bool:

@@ -209,7 +209,7 @@ static void pack_lanes(Source s, int64_t u0, int64_t units, int64_t k_end, int64
     for (int64_t u = 0; u < units; u++) {
         for (int64_t e = 0; e <= pairs; e++) {
             const char *ahead = s.p + (((u0 + u + AHEAD) * (1 + pairs) + e) * s.k_stride + j) * size;
-            for (int64_t at = 0; at < count * width * size; at += 64) __builtin_prefetch(ahead + at);
+            ss_fetch(ahead, count * width * size);
         }
         int64_t c = 0;
 #if SS_LANES == 16 /* a vector is two rows of panels */

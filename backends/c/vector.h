@@ -62,6 +62,11 @@ SS_INLINE void ss_vstore_bf16(uint16_t *p, ss_vf x) {
     memcpy(p, &h, sizeof h);
 }
 
+/* Fetches so many bytes into the cache. */
+SS_INLINE void ss_fetch(const char *p, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at);
+}
+
 /* max and select by a mask of all ones or zeros per lane. */
 SS_INLINE ss_vf ss_vselect(ss_vi mask, ss_vf a, ss_vf b) {
     return (ss_vf)(((ss_vi)a & mask) | ((ss_vi)b & ~mask));

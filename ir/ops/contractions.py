@@ -110,7 +110,7 @@ def attention_cost(products: int) -> Callable[[Op], Cost]:
     """`products` matrix products of queries x keys x head size, causal ones without later keys."""
 
     def cost(op: Op) -> Cost:
-        query, key = _query_key(op)
+        query, key = query_key(op)
         *batch, q_len, head = query.type.static_shape
         k_len = key.type.static_shape[-2]
         seen = min(q_len, k_len)
@@ -121,7 +121,8 @@ def attention_cost(products: int) -> Callable[[Op], Cost]:
     return cost
 
 
-def _query_key(op: Op) -> tuple[Value, Value]:
+def query_key(op: Op) -> tuple[Value, Value]:
+    """The queries and keys of attention or of its gradients."""
     first = op.opdef.operand_names.index("query")
     return op.inputs[first], op.inputs[first + 1]
 
@@ -136,7 +137,7 @@ def attention_factors(op: Op) -> FactorMap:
     if any(v.type.rank not in (2, 3, 4) for v in op.inputs) or op.inputs[0].type.rank != 4:
         return keep_whole(op)
     batch, heads = op.inputs[0].type.shape[:2]
-    query, key = _query_key(op)
+    query, key = query_key(op)
     shared = key.type.shape[1] != heads
     backward = op.opdef.operand_names[0] != "query"
     free_queries = not op.attr("is_causal")
