@@ -76,48 +76,17 @@ SS_INLINE float unit(Source s, int64_t u, int64_t j, int64_t k_end, int pairs) {
 
 typedef int8_t Bytes __attribute__((vector_size(SS_LANES)));
 
-/* One vector of lanes of unit `u`, where lanes are contiguous in memory. */
-SS_INLINE ss_vf lanes(Source s, int64_t u, int64_t j, int64_t k_end, int pairs) {
-    if (s.type == SS_F32) return ss_vload((const float *)s.p + u * s.k_stride + j);
-    if (s.type == SS_I8) {
-        const char *bytes = s.p + BYTES * u * s.k_stride + j;
-        ss_vi word = {0};
-        for (int64_t e = 0; e < BYTES && BYTES * u + e < k_end; e++) {
-            Bytes b;
-            memcpy(&b, bytes + e * s.k_stride, sizeof b);
-            const ss_vi x = __builtin_convertvector(b, ss_vi);
-            word |= BYTES == 4 ? (x & 0xff) << 8 * e : (x & 0xffff) << 16 * e;
-        }
-        return (ss_vf)word;
+/* One vector of lanes of unit `u` of i8, where lanes are neighbours in memory. */
+SS_INLINE ss_vf lanes_of_bytes(Source s, int64_t u, int64_t j, int64_t k_end) {
+    const char *bytes = s.p + BYTES * u * s.k_stride + j;
+    ss_vi word = {0};
+    for (int64_t e = 0; e < BYTES && BYTES * u + e < k_end; e++) {
+        Bytes b;
+        memcpy(&b, bytes + e * s.k_stride, sizeof b);
+        const ss_vi x = __builtin_convertvector(b, ss_vi);
+        word |= BYTES == 4 ? (x & 0xff) << 8 * e : (x & 0xffff) << 16 * e;
     }
-    const uint16_t *p = (const uint16_t *)s.p + j;
-    if (!pairs) return ss_vload_bf16(p + u * s.k_stride);
-    ss_vh low, high = {0};
-    memcpy(&low, p + 2 * u * s.k_stride, sizeof low);
-    if (2 * u + 1 < k_end) memcpy(&high, p + (2 * u + 1) * s.k_stride, sizeof high);
-    return (ss_vf)(__builtin_convertvector(low, ss_vu) | __builtin_convertvector(high, ss_vu) << 16);
-}
-
-/* ROWS lanes of unit `u`, where lanes are contiguous in memory. */
-SS_INLINE void rows_of(Source s, int64_t u, int64_t j, int64_t k_end, int pairs, float *out) {
-    if (s.type == SS_F32) {
-        memcpy(out, (const float *)s.p + u * s.k_stride + j, 4 * ROWS);
-        return;
-    }
-    if (s.type == SS_I8) {
-        for (int l = 0; l < ROWS; l++) out[l] = unit(s, u, j + l, k_end, pairs);
-        return;
-    }
-    const int64_t k = pairs ? 2 * u : u;
-    const uint16_t *low = (const uint16_t *)s.p + k * s.k_stride + j, *high = low + s.k_stride;
-    uint32_t words[ROWS];
-    if (!pairs)
-        for (int l = 0; l < ROWS; l++) words[l] = (uint32_t)low[l] << 16;
-    else if (k + 1 < k_end)
-        for (int l = 0; l < ROWS; l++) words[l] = low[l] | (uint32_t)high[l] << 16;
-    else
-        for (int l = 0; l < ROWS; l++) words[l] = low[l];
-    memcpy(out, words, sizeof words);
+    return (ss_vf)word;
 }
 
 /* A square, turned: lane l is a vector of neighbours from element at[l] on, out[c] holds element c
@@ -201,32 +170,123 @@ static void pack_along(Source s, int64_t u0, int64_t units, int64_t k_end, int64
 }
 #endif
 
+#if SS_LANES == 16
+/* Of two rows of 32 halves, which make up words `first` to `first + 15` of pairs. */
+SS_INLINE ss_vu pairs_from(int first) {
+    const ss_vu lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return (lane + first) | (lane + first + 32) << 16;
+}
+#endif
+
+/* Lanes of one unit, `vectors` vectors of neighbours in memory. */
+SS_INLINE void lanes(const Words w, const char *p, const int vectors, float *out) {
+    int v = 0;
+#if SS_LANES == 16
+    const __m512i low = (__m512i)pairs_from(0), high = (__m512i)pairs_from(SS_LANES);
+    for (; w.kind == TWO_HALVES && v + 2 <= vectors; v += 2) {
+        const char *at = p + 2 * v * SS_LANES;
+        const __m512i first = _mm512_loadu_si512(at), second = _mm512_loadu_si512(at + 2 * w.next);
+        ss_vstore(out + v * SS_LANES, (ss_vf)_mm512_permutex2var_epi16(first, low, second));
+        ss_vstore(out + (v + 1) * SS_LANES, (ss_vf)_mm512_permutex2var_epi16(first, high, second));
+    }
+#endif
+    for (; v < vectors; v++)
+        ss_vstore(out + v * SS_LANES, some_words(w, p + v * SS_LANES * (w.kind == ONE_F32 ? 4 : 2), SS_LANES));
+}
+
+/* The same of several panels, `floats` apart; constants after inlining: the kind of `w`, width. */
+SS_INLINE void lanes_of_panels(const Words w, const char *p, int64_t count, const int64_t width, int64_t floats,
+                               float *out) {
+    const int64_t wide = width * (w.kind == ONE_F32 ? 4 : 2), some = 2 * SS_LANES / width;
+    int64_t c = 0;
+    if (width % SS_LANES == 0) {
+        for (; c < count; c++) lanes(w, p + c * wide, width / SS_LANES, out + c * floats);
+        return;
+    }
+    for (; some * width == 2 * SS_LANES && c + some <= count; c += some) {
+        float all[2 * SS_LANES];
+        lanes(w, p + c * wide, 2, all);
+        for (int64_t i = 0; i < some; i++) memcpy(out + (c + i) * floats, all + i * width, 4 * width);
+    }
+    for (; c < count; c++) {
+        float *o = out + c * floats;
+        for (int64_t l = 0; l < width; l++) {
+            const int64_t at = c * width + l;
+            o[l] = lane(p, w.kind == LOW_HALF ? TWO_HALVES : w.kind, at, at + w.next, w.kind == TWO_HALVES);
+        }
+    }
+}
+
+SS_INLINE void pack_panels(const ss_word kind, Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j,
+                           int64_t count, const int64_t width, int64_t floats, float *out) {
+    const int64_t size = kind == ONE_F32 ? 4 : 2, each = kind == TWO_HALVES ? 2 : 1;
+    const int64_t whole = least(units, (k_end - each * u0) / each), row = s.k_stride * size;
+    const char *p = s.p + each * u0 * row + j * size;
+    const Words words = {kind, s.k_stride};
+    for (int64_t u = 0; u < whole; u++, p += each * row) {
+        for (int64_t e = 0; e < each; e++) ss_fetch(p + (AHEAD * each + e) * row, count * width * size);
+        lanes_of_panels(words, p, count, width, floats, out + u * width);
+    }
+    if (whole < units) lanes_of_panels((Words){LOW_HALF}, p, count, width, floats, out + whole * width);
+}
+
+SS_INLINE void pack_panels_of_bytes(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j, int64_t count,
+                                    int64_t width, int64_t floats, float *out) {
+    for (int64_t u = 0; u < units; u++)
+        for (int64_t c = 0; c < count; c++) {
+            const int64_t first = j + c * width;
+            float *o = out + c * floats + u * width;
+            int64_t l = 0;
+            for (; l + SS_LANES <= width; l += SS_LANES)
+                ss_vstore(o + l, lanes_of_bytes(s, u0 + u, first + l, k_end));
+            for (; l < width; l++) o[l] = unit(s, u0 + u, first + l, k_end, 1);
+        }
+}
+
+#define PACK_PANELS(kind, width) pack_panels(kind, s, u0, units, k_end, j, count, width, floats, out)
+#define PACK_WIDTHS(kind)                                                                         \
+    do {                                                                                          \
+        if (width == ROWS)                                                                        \
+            PACK_PANELS(kind, ROWS);                                                              \
+        else if (width == COLS)                                                                   \
+            PACK_PANELS(kind, COLS);                                                              \
+        else if (width == 2 * SS_LANES)                                                           \
+            PACK_PANELS(kind, 2 * SS_LANES);                                                      \
+        else                                                                                      \
+            PACK_PANELS(kind, width);                                                             \
+    } while (0)
+
 /* `count` panels of `width` lanes each, `floats` apart, unit by unit, where lanes are neighbours in
  * memory. */
 static void pack_lanes(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j, int64_t count,
                        int64_t width, int64_t floats, int pairs, float *out) {
-    const int64_t size = size_of(s.type);
+    if (s.type == SS_I8)
+        pack_panels_of_bytes(s, u0, units, k_end, j, count, width, floats, out);
+    else if (s.type == SS_F32)
+        PACK_WIDTHS(ONE_F32);
+    else if (pairs)
+        PACK_WIDTHS(TWO_HALVES);
+    else
+        PACK_WIDTHS(ONE_HALF);
+}
+
+/* out[units, width] = units [u0, u0 + units) of lanes [j0, j0 + count) that are neighbours in memory; lanes
+ * beyond are zero. */
+SS_INLINE void pack_neighbours(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0, int64_t count,
+                               int64_t width, int pairs, float *out) {
+    const ss_word kind = word_of(s, pairs);
+    const int64_t size = kind == ONE_F32 ? 4 : 2, each = kind == TWO_HALVES ? 2 : 1;
     for (int64_t u = 0; u < units; u++) {
-        for (int64_t e = 0; e <= pairs; e++) {
-            const char *ahead = s.p + (((u0 + u + AHEAD) * (1 + pairs) + e) * s.k_stride + j) * size;
-            ss_fetch(ahead, count * width * size);
-        }
-        int64_t c = 0;
-#if SS_LANES == 16 /* a vector is two rows of panels */
-        for (; width == ROWS && c + 2 <= count; c += 2) {
-            float both[SS_LANES], *o = out + c * floats + u * ROWS;
-            ss_vstore(both, lanes(s, u0 + u, j + c * ROWS, k_end, pairs));
-            memcpy(o, both, sizeof both / 2);
-            memcpy(o + floats, both + ROWS, sizeof both / 2);
-        }
-#endif
-        for (; c < count; c++) {
-            float *o = out + c * floats + u * width;
-            if (width == ROWS)
-                rows_of(s, u0 + u, j + c * ROWS, k_end, pairs, o);
-            else
-                for (int64_t v = 0; v < width; v += SS_LANES)
-                    ss_vstore(o + v, lanes(s, u0 + u, j + c * width + v, k_end, pairs));
+        const int64_t k = each * (u0 + u);
+        const Words w = {kind == TWO_HALVES && k + 1 == k_end ? LOW_HALF : kind, s.k_stride};
+        const char *p = s.p + (k * s.k_stride + j0) * size;
+        float *o = out + u * width;
+        int64_t l = 0;
+        for (; l + SS_LANES <= width; l += SS_LANES)
+            ss_vstore(o + l, some_words(w, p + l * size, least(SS_LANES, most(0, count - l))));
+        for (; l < width; l++) {
+            const int64_t next = l + s.k_stride;
+            o[l] = l < count ? lane(p, kind, l, next, w.kind == TWO_HALVES) : 0.0f;
         }
     }
 }
@@ -235,10 +295,14 @@ static void pack_lanes(Source s, int64_t u0, int64_t units, int64_t k_end, int64
 static void pack(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0, int64_t count,
                  int64_t width, int pairs, float *out) {
     int64_t j = 0;
+    if (s.j_stride == 1 && s.type != SS_I8) {
+        pack_neighbours(s, u0, units, k_end, j0, count, width, pairs, out);
+        return;
+    }
     if (s.j_stride == 1)
         for (; j + SS_LANES <= count; j += SS_LANES)
             for (int64_t u = 0; u < units; u++)
-                ss_vstore(out + u * width + j, lanes(s, u0 + u, j0 + j, k_end, pairs));
+                ss_vstore(out + u * width + j, lanes_of_bytes(s, u0 + u, j0 + j, k_end));
 #if TURNS
     else if (s.k_stride == 1 && k_end % (1 + pairs) == 0) {
         for (; j + SS_LANES <= count; j += SS_LANES) {
