@@ -15,7 +15,7 @@ import torch
 
 from .expressions import widened
 from .groups import Placed
-from .kernels import LANES, PARALLEL_WORK, Kernel, KernelWriter, Level, Loop
+from .kernels import LANES, PARALLEL_WORK, Kernel, KernelWriter, Level, Loop, Span
 from .levels import block_rows
 from .nodes import Node, Work
 
@@ -115,8 +115,8 @@ class ColumnSumWriter(KernelWriter):
         self.adding = [p for p in reduced if self.level[p.node] == COLUMNS]
         super()._row_pass([p for p in reduced if p not in self.adding], stored)
 
-    def _body(self, reduced: list[Placed], stored: list[Placed]) -> None:
-        super()._body([*reduced, *self.adding], stored)
+    def _elements(self, span: Span, reduced: list[Placed], stored: list[Placed]) -> None:
+        super()._elements(span, [*reduced, *self.adding], stored)
 
     def _accumulate(self, p: Placed) -> None:
         if p not in self.adding:

@@ -18,7 +18,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -26,6 +26,7 @@ from shoestring.ir import DTYPE_NAMES
 
 from ..instructions import Buffer, contiguous_strides
 from .atoms import Atoms, strides_of
+from .chains import STRIP, cut
 from .expressions import (
     EXACT_NUMBER,
     EXPENSIVE,
@@ -141,6 +142,28 @@ class _Ahead:
     at: int
     depth: int
     names: dict[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True)
+class Span:
+    """The elements that an innermost loop goes through.
+
+    Attributes:
+        name: of the loop's variable.
+        low, high: as C.
+        most: how many there may be, if that is known.
+        parallel: how threads share them, as a pragma says it; or nothing.
+        clauses: of the pragma: what is summed up.
+        begins: lines that each element begins with.
+    """
+
+    name: str
+    low: str
+    high: str
+    most: int | None
+    parallel: str = ""
+    clauses: str = ""
+    begins: tuple[str, ...] = ()
 
 
 Level = str  # "none", "outer", "columns" or "full"
@@ -578,18 +601,17 @@ class KernelWriter:
             self._blocked(reduced, stored)
             return
         *outside, last = self.inner_loops
-        if self._is_parallel():
-            kind = "parallel for" if outside else "parallel for simd"
+        parallel = "parallel for" if self._is_parallel() else ""
+        if parallel and outside:
             many = f" collapse({len(outside)})" if len(outside) > 1 else ""
-            self.text.put(f"#pragma omp {kind}{many} schedule(static)")
+            self.text.put(f"#pragma omp parallel for{many} schedule(static)")
+            parallel = ""
         for loop in outside:
             self._for(loop)
         with self._innermost(last):
-            if outside or not self._is_parallel():
-                self.text.put("#pragma omp simd")
-            self._for(last)
-            self._body(reduced, stored)
-        self.text.close(len(outside) + 1)
+            span = Span(last.name, "0", str(last.size), last.size, parallel)
+            self._elements(span, reduced, stored)
+        self.text.close(len(outside))
 
     @contextmanager
     def _innermost(self, loop: Loop) -> Iterator[None]:
@@ -603,17 +625,71 @@ class KernelWriter:
         self.text.open(f"for (int64_t {n} = 0; {n} < {loop.size}; {n}++)")
 
     def _body(self, reduced: list[Placed], stored: list[Placed]) -> None:
-        sources = [
-            self.members[p.node.refs[0].base]
-            for p in reduced
-            if p.node.refs[0].base in self.members
-        ]
-        for p in self._needed([*sources, *stored], self.now):
+        for p in self._needed(self._ends(reduced, stored), self.now):
             self._define_full(p)
+        self._end(reduced, stored)
+
+    def _ends(self, reduced: list[Placed], stored: list[Placed]) -> list[Placed]:
+        """What the elements are computed for."""
+        sources = (p.node.refs[0].base for p in reduced)
+        return [*(self.members[b] for b in sources if b in self.members), *stored]
+
+    def _end(self, reduced: list[Placed], stored: list[Placed]) -> None:
         for p in reduced:
             self._accumulate(p)
         for p in stored:
             self._store(p)
+
+    # -- the innermost loop ----------------------------------------------------------------------
+
+    def _elements(self, span: Span, reduced: list[Placed], stored: list[Placed]) -> None:
+        """One loop over all elements, or several where a chain of arithmetic is long."""
+        ends = [p.node for p in self._ends(reduced, stored)]
+        needed = [p.node for p in self._needed(self._ends(reduced, stored), self.now)]
+        given = [n for n in needed if self._is_kept(n, self.now)]
+        pieces = cut(needed, ends, given)
+        if len(pieces) == 1:
+            self._open_span(span, span.parallel, span.clauses)
+            self._body(reduced, stored)
+            self.text.close()
+            return
+        strips = span.most is None or span.most > BLOCK or bool(span.parallel)
+        if strips:
+            span = self._open_strip(span)
+        place = span.name if span.low == "0" else f"{span.name} - {span.low}"
+        for n in (n for piece in pieces for n in piece.leaves):
+            self.text.put(f"{REGISTER[n.outs[0].dtype]} w{self.number[n]}[{span.most}];")
+        for piece in pieces:
+            last = piece is pieces[-1]
+            self._open_span(span, "", span.clauses if last else "")
+            for n in piece.takes:
+                kind = REGISTER[n.outs[0].dtype]
+                self.text.put(f"const {kind} {self._name(n)} = w{self.number[n]}[{place}];")
+            for n in piece.computes:
+                self._define_full(self.members[n.outs[0]])
+            for n in piece.leaves:
+                self.text.put(f"w{self.number[n]}[{place}] = {self._name(n)};")
+            if last:
+                self._end(reduced, stored)
+            self.text.close()
+        self.text.close(strips)
+
+    def _open_span(self, span: Span, parallel: str, clauses: str) -> None:
+        schedule = " schedule(static)" if parallel else ""
+        self.text.put(f"#pragma omp {parallel}{' ' * bool(parallel)}simd{clauses}{schedule}")
+        n = span.name
+        self.text.open(f"for (int64_t {n} = {span.low}; {n} < {span.high}; {n}++)")
+        for line in span.begins:
+            self.text.put(line)
+
+    def _open_strip(self, span: Span) -> Span:
+        """A loop over strips of the span; what is left of it within a strip."""
+        if span.parallel:
+            self.text.put(f"#pragma omp {span.parallel} schedule(static)")
+        self.text.open(f"for (int64_t from = {span.low}; from < {span.high}; from += {STRIP})")
+        end = f"from + {STRIP}"
+        self.text.put(f"const int64_t to = {end} < {span.high} ? {end} : {span.high};")
+        return replace(span, low="from", high="to", most=STRIP, parallel="")
 
     def _is_kept(self, node: Node, stage: int) -> bool:
         return node in self.kept and self.kept[node] < stage
@@ -710,12 +786,10 @@ class KernelWriter:
         for a in inner:
             a.declare_block(self.text)
         clauses = "".join(f" reduction({c})" for a in inner for c in a.clauses)
+        most = BLOCK if long else last.size if low == "0" else None
         with self._innermost(last):
-            self.text.put(f"#pragma omp simd{clauses}")
-            n = last.name
-            self.text.open(f"for (int64_t {n} = {low}; {n} < {high}; {n}++)")
-            self._body(reduced, stored)
-            self.text.close()
+            span = Span(last.name, low, high, most, clauses=clauses)
+            self._elements(span, reduced, stored)
         for a in inner:
             a.flush(self.text)
         self.text.close(len(outside) + long)

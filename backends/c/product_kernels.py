@@ -13,7 +13,7 @@ import torch
 
 from .expressions import rounded
 from .groups import Placed
-from .kernels import Kernel, KernelWriter, Loop
+from .kernels import Kernel, KernelWriter, Loop, Span
 from .nodes import Node, Ref
 from .packing import is_packed, packed_once
 from .products import AXES, COLUMNS, FACTORS, PHASES, axes_of, grouping_of, sides_of
@@ -143,8 +143,6 @@ class ProductWriter(KernelWriter):
         text = self.text
         text.open("for (int64_t i = 0; i < rows; i++)")
         text.put("const int64_t row = r0 + i;")
-        text.put("#pragma omp simd")
-        text.open("for (int64_t j = 0; j < cols; j++)")
         columns = [name for name in COLUMNS if self.sizes[name] > 1] or ["col"]
         inner = self._columns
         digits = list[str]()
@@ -155,9 +153,9 @@ class ProductWriter(KernelWriter):
             if name is not columns[0]:
                 over = f"({over}) % {size}" if inner == 1 else f"{over} % {size}"
             digits.append(f"{name} = {over}")
-        text.put(f"const int64_t {', '.join(digits)};")
-        self._body([], self.stores)
-        text.close(2)
+        line = f"const int64_t {', '.join(digits)};"
+        self._elements(Span("j", "0", "cols", None, begins=(line,)), [], self.stores)
+        text.close()
 
     # -- the product itself --------------------------------------------------------------------
 

@@ -1,0 +1,153 @@
+"""Long chains of arithmetic, cut into loops of their own.
+
+A core works on as many elements at once as its queues have room for: of a loop whose arithmetic is a
+chain of fifty operations, each of which waits for the one before, on two or three. Cut into loops of
+twenty it works on many; what crosses from one to the next waits in a short array, in the first cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from .expressions import EXPENSIVE, HALVES
+from .nodes import Node
+
+LONGEST = 22  # operations one after the other that a loop may have
+STRIP = 512  # elements that go through all loops together
+CHEAP = 2  # operations from memory on; so few are done again where they are needed
+
+ROUNDING = 5  # operations that a rounding to a half takes
+LENGTHS = {
+    "aten.exp.default": 15, "aten.log.default": 16, "aten.erf.default": 30,
+    "aten.tanh.default": 18, "aten.sigmoid.default": 20, "aten.gelu.default": 26,
+    "aten.gelu_backward.default": 30, "aten.silu.default": 21, "aten.silu_backward.default": 26,
+    "aten.sin.default": 30, "aten.cos.default": 30, "aten.pow.Tensor_Tensor": 40,
+    "rng.uniform.default": 30,
+    "aten.pow.Tensor_Scalar": 2, "aten.sqrt.default": 5, "aten.rsqrt.default": 8, "aten.div.Tensor": 3,
+    "aten.reciprocal.default": 3,
+}  # fmt: skip
+"""Operations one after the other, where they are not one."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One loop.
+
+    Attributes:
+        takes: what loops before it have left in arrays.
+        computes: its own nodes, and cheap ones of others that it needs, in order.
+        leaves: what later loops take.
+    """
+
+    takes: tuple[Node, ...]
+    computes: tuple[Node, ...]
+    leaves: tuple[Node, ...] = ()
+
+
+def cut(nodes: Sequence[Node], ends: Collection[Node], given: Collection[Node]) -> list[Piece]:
+    """The loops in which to compute the nodes; one where no chain is long.
+
+    Args:
+        nodes: pointwise nodes in order.
+        ends: those among them that are stored or summed up, which the last loop does.
+        given: those that are read, not computed.
+    """
+    inputs = _inputs(nodes, given)
+    lengths = {n: 0 if n in given else length(n) for n in nodes}
+    depth = _depths(nodes, inputs, lengths)
+    if max(depth.values(), default=0) <= LONGEST or not any(map(is_expensive, inputs)):
+        return [Piece((), tuple(nodes))]
+    return _pieces(nodes, _joined(_turns(nodes, inputs), inputs, lengths), inputs, depth, ends)
+
+
+def length(node: Node) -> int:
+    """Operations one after the other."""
+    return LENGTHS.get(node.name, 1) + ROUNDING * (node.outs[0].dtype in HALVES)
+
+
+def is_expensive(node: Node) -> bool:
+    return node.name in EXPENSIVE
+
+
+def _inputs(nodes: Sequence[Node], given: Collection[Node]) -> dict[Node, list[Node]]:
+    here = set(nodes)
+    found: dict[Node, list[Node]] = {}
+    for n in nodes:
+        makers = (r.base.node for r in n.refs if n not in given)
+        found[n] = list(dict.fromkeys(m for m in makers if m is not None and m in here))
+    return found
+
+
+def _depths(
+    nodes: Sequence[Node], inputs: Mapping[Node, list[Node]], lengths: Mapping[Node, int]
+) -> dict[Node, int]:
+    depth: dict[Node, int] = {}
+    for n in nodes:
+        depth[n] = lengths[n] + max((depth.get(m, 0) for m in inputs[n]), default=0)
+    return depth
+
+
+def _turns(nodes: Sequence[Node], inputs: Mapping[Node, list[Node]]) -> list[list[Node]]:
+    """Expensive nodes in turns 1, 3, ..., each after those that it depends on; others between them, as
+    late as their readers allow."""
+    turn: dict[Node, int] = {}
+    for n in nodes:
+        after = max((turn[m] for m in inputs[n]), default=0)
+        turn[n] = after + after % 2 if not is_expensive(n) else after + 1 + after % 2
+    last = max(turn.values())
+    last += last % 2
+    wanted: dict[Node, int] = {}
+    for n in reversed(nodes):
+        if not is_expensive(n):
+            turn[n] = wanted.get(n, last)
+        for m in inputs[n]:
+            wanted[m] = min(wanted.get(m, last), turn[n] - turn[n] % 2)
+    return [[n for n in nodes if turn[n] == t] for t in range(last + 1)]
+
+
+def _joined(
+    turns: Sequence[list[Node]], inputs: Mapping[Node, list[Node]], lengths: Mapping[Node, int]
+) -> list[list[Node]]:
+    """Turns that are short enough together, as one."""
+    joined: list[list[Node]] = []
+    for own in turns:
+        both = [*joined[-1], *own] if joined else own
+        depth = _depths(both, {n: [m for m in inputs[n] if m in both] for n in both}, lengths)
+        if joined and max(depth.values(), default=0) <= LONGEST:
+            joined[-1] = both
+        elif own:
+            joined.append(own)
+    return joined
+
+
+def _pieces(
+    nodes: Sequence[Node],
+    parts: Sequence[Sequence[Node]],
+    inputs: Mapping[Node, list[Node]],
+    depth: Mapping[Node, int],
+    ends: Collection[Node],
+) -> list[Piece]:
+    part = {n: i for i, own in enumerate(parts) for n in own}
+    taken = [set[Node]() for _ in parts]
+    computed = [set(own) for own in parts]
+    for i, own in enumerate(parts):
+        stack = [m for n in own for m in inputs[n]] + (list(ends) if own is parts[-1] else [])
+        while stack:
+            n = stack.pop()
+            if n in computed[i]:
+                continue
+            if depth[n] <= CHEAP and not is_expensive(n):
+                computed[i].add(n)
+                stack += inputs[n]
+            else:
+                taken[i].add(n)
+    left = set[Node]().union(*taken)
+    return [
+        Piece(
+            tuple(n for n in nodes if n in taken[i]),
+            tuple(n for n in nodes if n in computed[i]),
+            tuple(n for n in nodes if n in left and part[n] == i),
+        )
+        for i in range(len(parts))
+    ]
