@@ -186,10 +186,24 @@ class _Walk:
 Walks = list[tuple[_Walk, ...]]
 
 
-def _walks(node: Node, role: Role) -> Walks:
+def reads_windows(op: Op) -> bool:
+    """Whether a convolution reads images as its left side, by windows, and packs its weights."""
+    found = convolution_of(op)
+    if found is None or found.role is Role.WEIGHT:
+        return False
+    return _by_place(
+        _walks(op, found.role, found.left.type.static_shape, found.result.static_shape)
+    )
+
+
+def _by_place(walks: Walks) -> bool:
+    return any(w.taps > 1 for walk in walks for w in walk)
+
+
+def _walks(op: Op, role: Role, left_shape: Numbers, result: Numbers) -> Walks:
     """Of each product, how it goes along the three dimensions."""
-    op, rank = node.op, len(node.refs[1].shape) - 2
-    left, out = (_spatially(shape[2:]) for shape in (node.refs[0].shape, node.outs[0].shape))
+    rank = len(result) - 2
+    left, out = (_spatially(shape[2:]) for shape in (left_shape, result))
     windows, places = (out, left) if role is Role.WEIGHT else (left, out)
     steps, gaps = strides_of(op), _spatial(op, "dilation", rank)
     numbers = zip(windows, places, steps, gaps, _spatial(op, "padding", rank, 0), strict=True)
@@ -216,9 +230,8 @@ def _in_three(values: Sequence[int], fill: int) -> Numbers:
 
 def sides_of(node: Node, role: Role) -> tuple[Sides, ...]:
     """How both sides of a product are walked; of an input's gradient, phase by phase."""
-    walks, images = _walks(node, role), node.refs[1]
-    by_place = any(w.taps > 1 for walk in walks for w in walk)
-    frame, before = _frame(images, walks, by_place)
+    walks, images = _walks(node.op, role, node.refs[0].shape, node.outs[0].shape), node.refs[1]
+    frame, before = _frame(images, walks, _by_place(walks))
     along = _in_three(images.layout.strides, 0) if frame is None else frame.strides(images)
     return tuple(_sides(node, role, w, frame, before, along) for w in walks)
 

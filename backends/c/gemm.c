@@ -48,6 +48,7 @@ enum {
     AMX_UNITS = 16,          /* units of K that one multiplication of tile registers takes */
     GROUP = 4,               /* panels that are packed together: columns are neighbours in memory */
     AHEAD = 16,              /* units of K that are fetched ahead where K is not contiguous */
+    NEXT = 512,              /* bytes of weights that are, by windows */
     TILES = 512 << 10,       /* about the most bytes of tiles that wait for the next block of K */
     PACK_ROWS = 96,          /* rows of A that are packed together where they are neighbours in memory */
     REUSED = SS_LANES == 8 ? 128 : INT32_MAX, /* columns from which on packing A pays in any case */
@@ -645,7 +646,8 @@ static int64_t begin(const Job *job, int64_t e, int64_t size) {
 
 /* B of the matrix at `p`. */
 static Source right_of(const ss_gemm *g, const void *p) {
-    return (Source){p, g->type, g->b_row, g->b_col, g->b_sum, g->b_cols, g->windows};
+    const ss_type type = g->b_rounded ? SS_F32 : g->type;
+    return (Source){p, type, g->b_row, g->b_col, g->b_sum, g->b_cols, g->windows, g->b_rounded};
 }
 
 /* A part, group by group. */

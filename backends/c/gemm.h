@@ -54,6 +54,7 @@ typedef struct {
     const ss_windows *windows;          /* instead of strides of A, or 0 */
     const ss_order *order;              /* of one left side with many right ones, or 0 */
     int b_packed;                       /* whether B is as `ss_gemm_pack` wrote it */
+    int b_rounded;                      /* whether weights are f32, rounded to bf16 while they are packed */
 } ss_gemm;
 
 /* Bytes of scratch that each thread needs. */

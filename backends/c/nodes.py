@@ -73,7 +73,13 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A view of a base, widened where `wide` is another type than the base's."""
+    """A view of a base.
+
+    Attributes:
+        base, layout: where its elements are.
+        wide: the type that they are read as, if not the base's: a half widened to f32, or f32
+            rounded to bf16 while it is packed.
+    """
 
     base: Base
     layout: Layout
@@ -87,6 +93,11 @@ class Ref:
     def dtype(self) -> torch.dtype:
         """The type of the elements that a reader sees."""
         return self.wide or self.base.dtype
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether its elements become bf16 only where they are packed."""
+        return self.wide is torch.bfloat16
 
 
 NodeOperand = Ref | Number | None | tuple[Ref | None, ...]
@@ -165,9 +176,12 @@ class WorkList:
     shared: set[Value] = field(default_factory=set[Value])
     packed: dict[Value, Ref] = field(default_factory=dict[Value, Ref])
     users: dict[Value, list[Op]] = field(init=False)
+    ends: set[Value] = field(init=False)
 
     def __post_init__(self) -> None:
         self.users = self.function.users()
+        nexts = (p.next for p in self.function.params if p.next is not None)
+        self.ends = {*(o.value for o in self.function.outputs), *nexts}
 
     def close(self) -> None:
         """Drops what only the next op would have needed: a long program has much of it."""
@@ -219,7 +233,7 @@ class WorkList:
     # -- one op --------------------------------------------------------------------------------
 
     def visit(self, op: Op) -> None:
-        if self.view(op) or self.fold(op) or self.widen(op) or self.regular(op):
+        if self.view(op) or self.fold(op) or self.widen(op) or self.narrow(op) or self.regular(op):
             return
         if is_product(op) and op not in self.refused:
             self.product(op)
@@ -293,7 +307,7 @@ class WorkList:
         sides = [self.refs[v] for v in values]
         if packing.takes_packed(op):
             sides[1] = self.right_side(values[1], op)
-        matrices = tuple(self.materialized(s, op) for s in sides)
+        matrices = tuple(s if s.is_rounded else self.materialized(s, op) for s in sides)
         self.add(Work.PRODUCT, op.name, op, matrices, [made])
         whole = Ref(made, row_major(made.shape))
         if bias is not None:
@@ -327,6 +341,25 @@ class WorkList:
         if source.dtype not in HALVES or source.layout.numel == 0:
             return False
         self.refs[op.result] = Ref(source.base, source.layout, torch.float32)
+        return True
+
+    def narrow(self, op: Op) -> bool:
+        """Weights as bf16 where only convolutions that pack them read them; False for other ops.
+
+        Rounding them beforehand costs a pass over memory. Matrices are packed faster from bf16.
+        """
+        if op.name != "aten._to_copy.default" or op.result.type.dtype is not torch.bfloat16:
+            return False
+        source, readers = self.refs[op.inputs[0]], self.users[op.result]
+        if source.base.param is None or source.dtype is not torch.float32:
+            return False
+        if op.result in self.ends or any(r in self.refused for r in readers):
+            return False
+        times = [packing.weights_read(r, op.result) for r in readers]
+        known = [n for n in times if n is not None]
+        if len(known) < len(times) or sum(known) > packing.MOST_ROUNDINGS:
+            return False
+        self.refs[op.result] = Ref(source.base, source.layout, torch.bfloat16)
         return True
 
     def regular(self, op: Op) -> bool:

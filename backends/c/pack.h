@@ -20,6 +20,7 @@ typedef struct {
     int64_t k_stride, j_stride;  /* elements */
     const ss_digits *k, *j;      /* instead of a stride, or 0 */
     const ss_windows *windows;   /* whose elements it has, or 0 */
+    int rounded;                 /* whether f32 are rounded to bf16: of weights */
 } Source;
 
 static int64_t size_of(ss_type type) { return type == SS_F32 ? 4 : type == SS_BF16 ? 2 : 1; }
@@ -29,6 +30,7 @@ static int listed(Source s) { return s.k || s.j || s.windows; }
 
 /* What a lane of a unit is made of. */
 SS_INLINE ss_word word_of(Source s, int pairs) {
+    if (s.rounded) return pairs ? TWO_ROUNDED : ONE_ROUNDED;
     return s.type == SS_F32 ? ONE_F32 : pairs ? TWO_HALVES : ONE_HALF;
 }
 
@@ -39,12 +41,27 @@ SS_INLINE int64_t neighbours(const int64_t *at, int64_t limit) {
     return n;
 }
 
+/* The upper half of an f32 that is rounded to bf16. */
+SS_INLINE uint32_t rounded_half(float x) {
+    uint32_t b;
+    memcpy(&b, &x, 4);
+    return (b + (x != x ? 0x400000u & ~b : 0x7fffu + (b >> 16 & 1u))) >> 16;
+}
+
 /* The element `at`, or it and the element `next`, which is a zero where it is not `paired`. */
 SS_INLINE float lane(const char *p, const ss_word kind, int64_t at, int64_t next, int paired) {
-    if (kind == ONE_F32) return ((const float *)p)[at];
     const uint16_t *halves = (const uint16_t *)p;
-    const uint32_t high = kind == ONE_HALF ? halves[at] : paired ? halves[next] : 0;
-    const uint32_t word = high << 16 | (kind == TWO_HALVES ? halves[at] : 0);
+    const float *singles = (const float *)p;
+    uint32_t word;
+    if (kind == ONE_F32) return singles[at];
+    if (kind == ONE_ROUNDED)
+        word = rounded_half(singles[at]) << 16;
+    else if (kind == TWO_ROUNDED)
+        word = rounded_half(singles[at]) | (paired ? rounded_half(singles[next]) << 16 : 0);
+    else if (kind == ONE_HALF)
+        word = (uint32_t)halves[at] << 16;
+    else
+        word = halves[at] | (paired ? (uint32_t)halves[next] << 16 : 0);
     float x;
     memcpy(&x, &word, 4);
     return x;
@@ -191,13 +208,13 @@ SS_INLINE void lanes(const Words w, const char *p, const int vectors, float *out
     }
 #endif
     for (; v < vectors; v++)
-        ss_vstore(out + v * SS_LANES, some_words(w, p + v * SS_LANES * (w.kind == ONE_F32 ? 4 : 2), SS_LANES));
+        ss_vstore(out + v * SS_LANES, some_words(w, p + v * SS_LANES * element_size(w.kind), SS_LANES));
 }
 
 /* The same of several panels, `floats` apart; constants after inlining: the kind of `w`, width. */
 SS_INLINE void lanes_of_panels(const Words w, const char *p, int64_t count, const int64_t width, int64_t floats,
                                float *out) {
-    const int64_t wide = width * (w.kind == ONE_F32 ? 4 : 2), some = 2 * SS_LANES / width;
+    const int64_t wide = width * element_size(w.kind), some = 2 * SS_LANES / width;
     int64_t c = 0;
     if (width % SS_LANES == 0) {
         for (; c < count; c++) lanes(w, p + c * wide, width / SS_LANES, out + c * floats);
@@ -212,14 +229,14 @@ SS_INLINE void lanes_of_panels(const Words w, const char *p, int64_t count, cons
         float *o = out + c * floats;
         for (int64_t l = 0; l < width; l++) {
             const int64_t at = c * width + l;
-            o[l] = lane(p, w.kind == LOW_HALF ? TWO_HALVES : w.kind, at, at + w.next, w.kind == TWO_HALVES);
+            o[l] = lane(p, w.kind, at, at + w.next, is_pair(w.kind));
         }
     }
 }
 
 SS_INLINE void pack_panels(const ss_word kind, Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j,
                            int64_t count, const int64_t width, int64_t floats, float *out) {
-    const int64_t size = kind == ONE_F32 ? 4 : 2, each = kind == TWO_HALVES ? 2 : 1;
+    const int64_t size = element_size(kind), each = 1 + is_pair(kind);
     const int64_t whole = least(units, (k_end - each * u0) / each), row = s.k_stride * size;
     const char *p = s.p + each * u0 * row + j * size;
     const Words words = {kind, s.k_stride};
@@ -227,7 +244,7 @@ SS_INLINE void pack_panels(const ss_word kind, Source s, int64_t u0, int64_t uni
         for (int64_t e = 0; e < each; e++) ss_fetch(p + (AHEAD * each + e) * row, count * width * size);
         lanes_of_panels(words, p, count, width, floats, out + u * width);
     }
-    if (whole < units) lanes_of_panels((Words){LOW_HALF}, p, count, width, floats, out + whole * width);
+    if (whole < units) lanes_of_panels((Words){low_of(kind)}, p, count, width, floats, out + whole * width);
 }
 
 SS_INLINE void pack_panels_of_bytes(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j, int64_t count,
@@ -262,10 +279,10 @@ static void pack_lanes(Source s, int64_t u0, int64_t units, int64_t k_end, int64
                        int64_t width, int64_t floats, int pairs, float *out) {
     if (s.type == SS_I8)
         pack_panels_of_bytes(s, u0, units, k_end, j, count, width, floats, out);
-    else if (s.type == SS_F32)
-        PACK_WIDTHS(ONE_F32);
-    else if (pairs)
+    else if (word_of(s, pairs) == TWO_HALVES)
         PACK_WIDTHS(TWO_HALVES);
+    else if (word_of(s, pairs) == ONE_F32)
+        PACK_WIDTHS(ONE_F32);
     else
         PACK_WIDTHS(ONE_HALF);
 }
@@ -275,10 +292,10 @@ static void pack_lanes(Source s, int64_t u0, int64_t units, int64_t k_end, int64
 SS_INLINE void pack_neighbours(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0, int64_t count,
                                int64_t width, int pairs, float *out) {
     const ss_word kind = word_of(s, pairs);
-    const int64_t size = kind == ONE_F32 ? 4 : 2, each = kind == TWO_HALVES ? 2 : 1;
+    const int64_t size = element_size(kind), each = 1 + is_pair(kind);
     for (int64_t u = 0; u < units; u++) {
         const int64_t k = each * (u0 + u);
-        const Words w = {kind == TWO_HALVES && k + 1 == k_end ? LOW_HALF : kind, s.k_stride};
+        const Words w = {k + 1 == k_end ? low_of(kind) : kind, s.k_stride};
         const char *p = s.p + (k * s.k_stride + j0) * size;
         float *o = out + u * width;
         int64_t l = 0;
@@ -286,7 +303,7 @@ SS_INLINE void pack_neighbours(Source s, int64_t u0, int64_t units, int64_t k_en
             ss_vstore(o + l, some_words(w, p + l * size, least(SS_LANES, most(0, count - l))));
         for (; l < width; l++) {
             const int64_t next = l + s.k_stride;
-            o[l] = l < count ? lane(p, kind, l, next, w.kind == TWO_HALVES) : 0.0f;
+            o[l] = l < count ? lane(p, kind, l, next, is_pair(w.kind)) : 0.0f;
         }
     }
 }
@@ -449,34 +466,50 @@ static void pack_listed(Source s, const Sum *k, const int64_t *js, int64_t count
         pack_kind(s, ONE_HALF, k, js, count, width, out);
 }
 
-/* As pack, of weights: unit (channel, tap), two channels where units are pairs. */
-static void pack_taps(Source s, int64_t u0, int64_t units, int64_t j0, int64_t count, int64_t width,
-                      int pairs, float *out) {
+SS_INLINE void pack_taps_as(const ss_word kind, Source s, int64_t u0, int64_t units, int64_t j0,
+                            int64_t count, int64_t width, float *out) {
     const ss_windows *w = s.windows;
-    const int64_t size = s.type == SS_F32 ? 4 : 2, step = s.j_stride * size;
+    const int64_t size = element_size(kind), step = s.j_stride * size, each = 1 + is_pair(kind);
     for (int64_t u = 0, taps; u < units; u += taps) {
-        const int64_t channel = (u0 + u) / w->taps * (1 + pairs), end = units - u;
+        const int64_t channel = (u0 + u) / w->taps * each, end = units - u;
         const int64_t *tap = w->b_tap + (u0 + u) % w->taps;
         const int64_t left = least(end, w->b_tap + w->taps - tap);
         for (taps = 1; taps < left && tap[taps] - tap[0] < SS_LANES; taps++) {}
-        const int alone = pairs && channel + 1 == w->channels;
-        const Words words = {alone ? LOW_HALF : word_of(s, pairs), s.k_stride};
+        const int alone = is_pair(kind) && channel + 1 == w->channels;
         const char *p = s.p + (channel * s.k_stride + j0 * s.j_stride + tap[0]) * size;
         if (4 * taps <= SS_LANES) { /* to turn so few takes longer */
             for (int64_t t = 0; t < taps; t++)
                 for (int64_t j = 0; j < width; j++) {
                     const int64_t at = j * s.j_stride + tap[t] - tap[0];
                     out[(u + t) * width + j] =
-                        j < count ? lane(p, word_of(s, pairs), at, at + s.k_stride, !alone) : 0.0f;
+                        j < count ? lane(p, kind, at, at + s.k_stride, !alone) : 0.0f;
                 }
             continue;
         }
         for (int64_t j = 0; j < width; j += SS_LANES) {
             float square[SS_LANES * SS_LANES];
-            turn_words(words, p + j * step, step, count - j, tap[taps - 1] - tap[0] + 1, square);
+            const int64_t reach = tap[taps - 1] - tap[0] + 1;
+            for (int64_t l = 0; l < least(SS_LANES, count - j); l++)
+                __builtin_prefetch(p + (j + l) * step + NEXT);
+            if (alone)
+                turn_words((Words){low_of(kind)}, p + j * step, step, count - j, reach, square);
+            else
+                turn_words((Words){kind, s.k_stride}, p + j * step, step, count - j, reach, square);
             for (int64_t t = 0; t < taps; t++)
                 memcpy(out + (u + t) * width + j, square + (tap[t] - tap[0]) * SS_LANES, 4 * SS_LANES);
         }
+    }
+}
+
+/* As pack, of weights: unit (channel, tap), two channels where units are pairs. */
+static void pack_taps(Source s, int64_t u0, int64_t units, int64_t j0, int64_t count, int64_t width,
+                      int pairs, float *out) {
+    switch (word_of(s, pairs)) {
+    case ONE_F32: pack_taps_as(ONE_F32, s, u0, units, j0, count, width, out); break;
+    case ONE_HALF: pack_taps_as(ONE_HALF, s, u0, units, j0, count, width, out); break;
+    case ONE_ROUNDED: pack_taps_as(ONE_ROUNDED, s, u0, units, j0, count, width, out); break;
+    case TWO_ROUNDED: pack_taps_as(TWO_ROUNDED, s, u0, units, j0, count, width, out); break;
+    default: pack_taps_as(TWO_HALVES, s, u0, units, j0, count, width, out);
     }
 }
 

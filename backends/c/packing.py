@@ -15,7 +15,7 @@ from shoestring.ir import DTYPE_NAMES, Function, Op, Value
 
 from ..memory import aligned
 from .claims import Claim
-from .convolutions import role_of
+from .convolutions import reads_windows, role_of
 from .layout import row_major
 from .products import COLS, FACTORS, GROUPED, is_product, matrices_of
 from .room import FLOAT, this_machine, units_of
@@ -31,6 +31,7 @@ MOST_ROWS = 128  # of the left side; more make up for packing
 FEW_WINDOWS = 512  # up to which each thread packs weights for itself
 MOST_PACKED = 2 << 20  # bytes; to pack more than that again takes less than memory is worth
 MOST_PLAIN = 3 << 20  # the same of a product of matrices
+MOST_ROUNDINGS = 2  # readers of weights that round them while they pack; more take longer
 UNITS = 16  # at least what gemm.c rounds K up to
 
 
@@ -73,6 +74,16 @@ def packed_once(op: Op, sides: Sides, rows: int) -> int:
     units = units_of(this_machine(), sides.b.ref.dtype, sides.summed)
     room = FLOAT * packed_floats((units, count_of(sides.b.cols)))
     return aligned(room) if room <= MOST_PLAIN else 0
+
+
+def weights_read(op: Op, v: Value) -> int | None:
+    """How often a convolution packs a value, its weights; None for an op that reads it otherwise."""
+    if role_of(op) is None:
+        return None
+    left, right = matrices_of(op)
+    if v is not left and v is not right:
+        return 0  # all that counts is its size
+    return 1 if reads_windows(op) and v is not right else None
 
 
 def is_packed(side: Ref) -> bool:

@@ -196,6 +196,8 @@ class ProductWriter(KernelWriter):
     def _windows(self, sides: Sides, windows: Windows) -> str:
         extent = self._extent(sides)
         packed = "        .b_packed = 1,\n" if extent.packed else ""
+        if sides.b.ref.is_rounded:
+            packed += "        .b_rounded = 1,  // from f32, while they are packed\n"
         a_taps, b_taps = (", ".join(map(str, t)) or "0" for t in (windows.a_taps, windows.b_taps))
         kind = FACTORS[sides.a.ref.dtype]
         return (
@@ -218,7 +220,7 @@ class ProductWriter(KernelWriter):
 
 
 def _plus(elements: int, ref: Ref) -> str:
-    return f" + {elements * ref.dtype.itemsize}" if elements else ""
+    return f" + {elements * ref.base.dtype.itemsize}" if elements else ""
 
 
 def _strides(side: Side) -> str:

@@ -85,8 +85,16 @@ SS_INLINE void turn_square(const void *from, int64_t from_row, void *to, int64_t
     turn_vectors(v, to, to_row);
 }
 
-/* What a word is made of: an f32, a bf16 widened to it, two of bf16, or one and a zero. */
-typedef enum { ONE_F32, ONE_HALF, TWO_HALVES, LOW_HALF } ss_word;
+/* What a word is made of: an f32; a bf16 widened to it, two of bf16, or one and a zero; the same of f32
+ * that are rounded to bf16. */
+typedef enum { ONE_F32, ONE_HALF, TWO_HALVES, LOW_HALF, ONE_ROUNDED, TWO_ROUNDED, LOW_ROUNDED } ss_word;
+
+SS_INLINE int64_t element_size(ss_word kind) { return kind == ONE_F32 || kind >= ONE_ROUNDED ? 4 : 2; }
+SS_INLINE int is_pair(ss_word kind) { return kind == TWO_HALVES || kind == TWO_ROUNDED; }
+/* Of a pair that has no second half. */
+SS_INLINE ss_word low_of(ss_word kind) {
+    return kind == TWO_HALVES ? LOW_HALF : kind == TWO_ROUNDED ? LOW_ROUNDED : kind;
+}
 
 /* Words whose elements are neighbours in memory, the second halves of pairs `next` elements further. */
 typedef struct {
@@ -105,20 +113,47 @@ SS_INLINE ss_vu some_halves(const char *p, int64_t count) {
 #endif
 }
 
+/* The same of f32. */
+SS_INLINE ss_vf some_singles(const char *p, int64_t count) {
+#if SS_LANES == 16
+    return (ss_vf)_mm512_maskz_loadu_ps((1u << count) - 1, p);
+#else
+    ss_vf v = {0};
+    memcpy(&v, p, 4 * count);
+    return v;
+#endif
+}
+
+/* f32 that are rounded to bf16, which are the upper halves; NaN stays NaN. */
+SS_INLINE ss_vu rounded_bits(ss_vf x) {
+    const ss_vu b = (ss_vu)x, nan = (ss_vu)(x != x);
+    const ss_vu even = 0x7fffu + ((b >> 16) & 1u), quiet = 0x400000u & ~b;
+    return (b + ((even & ~nan) | (quiet & nan))) & 0xffff0000u;
+}
+
+/* Pairs of the elements of two vectors, rounded to bf16. */
+SS_INLINE ss_vu rounded_pairs(ss_vf low, ss_vf high) {
+#if SS_LANES == 16 && defined(__AVX512BF16__)
+    const ss_vu lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    return (ss_vu)_mm512_permutexvar_epi16((__m512i)(lane | (lane + 16) << 16), both);
+#else
+    return rounded_bits(low) >> 16 | rounded_bits(high);
+#endif
+}
+
 /* `count` words from p on, SS_LANES at most, and zeros behind them. */
 SS_INLINE ss_vf some_words(Words w, const char *p, int64_t count) {
-    if (w.kind == ONE_F32) {
-#if SS_LANES == 16
-        return (ss_vf)_mm512_maskz_loadu_ps((1u << count) - 1, p);
-#else
-        ss_vf v = {0};
-        memcpy(&v, p, 4 * count);
-        return v;
-#endif
+    switch (w.kind) {
+    case ONE_F32: return some_singles(p, count);
+    case ONE_HALF: return (ss_vf)(some_halves(p, count) << 16);
+    case LOW_HALF: return (ss_vf)some_halves(p, count);
+    case ONE_ROUNDED: return (ss_vf)rounded_bits(some_singles(p, count));
+    case LOW_ROUNDED: return (ss_vf)(rounded_bits(some_singles(p, count)) >> 16);
+    case TWO_ROUNDED:
+        return (ss_vf)rounded_pairs(some_singles(p, count), some_singles(p + 4 * w.next, count));
+    default: return (ss_vf)(some_halves(p, count) | some_halves(p + 2 * w.next, count) << 16);
     }
-    const ss_vu low = some_halves(p, count);
-    if (w.kind == ONE_HALF) return (ss_vf)(low << 16);
-    return (ss_vf)(w.kind == LOW_HALF ? low : low | some_halves(p + 2 * w.next, count) << 16);
 }
 
 /* The square whose vector l is `count` words from p + l * step bytes on; zeros from vector `lanes` on. */

@@ -199,6 +199,56 @@ def test_other_instruction_sets(isa: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("isa", ["native", "avx512", "avx2", "generic", "emulated-amx"])
+def test_weights_are_rounded_while_they_are_packed(
+    isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit what weights give that are bf16 from the start."""
+    if isa == "avx512" and "avx512f" not in cpu_identity().split():
+        pytest.skip(f"this machine has no {isa}")
+    monkeypatch.setenv("SHOESTRING_ISA", isa)
+    for case in SOME:
+        half = Case(**{**case.__dict__, "dtype": torch.bfloat16})
+        x, w, b, g = half.inputs()
+        wide = w.float() * (1 + 2**-9)  # halfway between two bf16, and some near that
+        wide.view(-1)[::7] *= 1 + 2**-15
+        wide.view(-1)[:6] = torch.tensor([torch.nan, torch.inf, 3e-41, -0.0, 3.4e38, 1e-38])
+        given = [x, wide, b, g]
+        plain = CBackend().compile(traced(lambda *t, c=half: everything(c, *t), [x, w, b, g]))
+        rounding = CBackend().compile(
+            traced(lambda x, w, b, g, c=half: everything(c, x, w.bfloat16(), b, g), given)
+        )
+        wanted = plain.run([x, wide.bfloat16(), b, g])
+        for found, reference in zip(rounding.run(given), wanted, strict=True):
+            assert torch.equal(found.nan_to_num(7), reference.nan_to_num(7)), f"{half}"
+        assert isinstance(rounding, CExecutable)
+        kernels = [i for i in rounding.instructions if isinstance(i, CallKernel)]
+        copies = sum(k.ops == ("aten._to_copy.default",) for k in kernels)
+        assert copies == (max(half.taps) == 1 or _taps_are_alone(half)), f"{half}"
+
+
+def _taps_are_alone(case: Case) -> bool:
+    """Whether the input's gradient has one tap a window, and reads weights as they are."""
+    strides = case.stride or (1,) * len(case.taps)
+    return all(t <= s for t, s in zip(case.taps, strides, strict=True))
+
+
+def test_weights_that_others_read_are_rounded_before() -> None:
+    """Into the bf16 that a program shows; and f32 weights that are updated, after they are read."""
+    case = Case(2, 5, 7, (9, 9), (3, 3), padding=(1, 1), dtype=torch.bfloat16)
+    x, w, _, _ = case.inputs()
+    wide = w.float() * (1 + 2**-9)
+
+    def shown(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        half = w.bfloat16()
+        return aten.convolution(x, half, None, *case.call()), half
+
+    y, half = CBackend().compile(traced(shown, [x, wide])).run([x, wide])
+    assert torch.equal(half, wide.bfloat16())
+    (alone,) = CBackend().compile(traced(lambda x, w: shown(x, w)[:1], [x, wide])).run([x, wide])
+    assert torch.equal(y, alone)
+
+
+@pytest.mark.parametrize("isa", ["native", "avx512", "avx2", "generic", "emulated-amx"])
 def test_scratch_is_what_is_planned(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if isa == "avx512" and "avx512f" not in cpu_identity().split():
         pytest.skip(f"this machine has no {isa}")
