@@ -34,7 +34,8 @@ class _Normalized:
     x: Value
     largest: Value
     shifted: Value
-    total: Value
+    powers: Value  # exp(shifted)
+    total: Value  # their sum
     dim: int
 
 
@@ -112,8 +113,9 @@ class CrossEntropy:
         dim = op.attr("dim") % x.type.rank
         largest = self.over("aten.amax.default", wide, dim)
         shifted = self.emit("aten.sub.Tensor", wide, largest)
-        total = self.over("aten.sum.dim_IntList", self.emit("aten.exp.default", shifted), dim)
-        self.normalized[out] = _Normalized(wide, largest, shifted, total, dim)
+        powers = self.emit("aten.exp.default", shifted)
+        total = self.over("aten.sum.dim_IntList", powers, dim)
+        self.normalized[out] = _Normalized(wide, largest, shifted, powers, total, dim)
         self._log_probabilities(self.normalized[out], out)
 
     def _log_probabilities(self, n: _Normalized, result: Value | None = None) -> Value:
@@ -143,6 +145,14 @@ class CrossEntropy:
         if log_p in self.normalized:
             return self._log_probabilities(self.normalized[log_p])
         return self.cast(log_p, _wide(log_p.type.dtype))
+
+    def _softmax(self, log_p: Value) -> Value:
+        """Of a row whose exponentials are there, these over their sum."""
+        n = self.normalized.get(log_p)
+        if n is None:
+            return self.emit("aten.exp.default", self._log_p(log_p))
+        inverse = self.emit("aten.reciprocal.default", n.total)
+        return self.emit("aten.mul.Tensor", n.powers, inverse)
 
     def _finish(self, name: str, *operands: Operand, result: Value) -> None:
         """The last op of an expansion, with a conversion where the result is of a narrower type."""
@@ -247,7 +257,7 @@ class CrossEntropy:
 
     def _both_backward(self, hit: _Hit, op: Op) -> None:
         """(softmax - hit) * scale: where only the target has a gradient, their sum is -scale."""
-        p = self.emit("aten.exp.default", self._log_p(hit.log_p))
+        p = self._softmax(hit.log_p)
         one = self._hit(hit.t, hit.log_p.type.static_shape, p.type.dtype)
         difference = self.emit("aten.sub.Tensor", p, one)
         self._finish("aten.mul.Tensor", difference, hit.scale, result=op.result)
