@@ -1,8 +1,9 @@
 """Long chains of arithmetic, cut into loops of their own.
 
-A core works on as many elements at once as its queues have room for: of a loop whose arithmetic is a
-chain of fifty operations, each of which waits for the one before, on two or three. Cut into loops of
-twenty it works on many; what crosses from one to the next waits in a short array, in the first cache.
+A core works on as many elements at once as its queues have room for: of a loop whose arithmetic is
+a chain of fifty operations, each of which waits for the one before, on two or three. Cut into loops
+of twenty it works on many. What crosses from one to the next waits in a short array, in the first
+cache.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ LENGTHS = {
     "aten.tanh.default": 18, "aten.sigmoid.default": 20, "aten.gelu.default": 26,
     "aten.gelu_backward.default": 30, "aten.silu.default": 21, "aten.silu_backward.default": 26,
     "aten.sin.default": 30, "aten.cos.default": 30, "aten.pow.Tensor_Tensor": 40,
-    "rng.uniform.default": 30,
-    "aten.pow.Tensor_Scalar": 2, "aten.sqrt.default": 5, "aten.rsqrt.default": 8, "aten.div.Tensor": 3,
-    "aten.reciprocal.default": 3,
+    "rng.uniform.default": 30, "aten.pow.Tensor_Scalar": 2, "aten.sqrt.default": 5,
+    "aten.rsqrt.default": 8, "aten.div.Tensor": 3, "aten.reciprocal.default": 3,
 }  # fmt: skip
 """Operations one after the other, where they are not one."""
+LATE = frozenset({"aten.gelu_backward.default", "aten.silu_backward.default"})
+"""Ops whose first operand is only multiplied by what they make of the second."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,16 @@ def _depths(
 ) -> dict[Node, int]:
     depth: dict[Node, int] = {}
     for n in nodes:
-        depth[n] = lengths[n] + max((depth.get(m, 0) for m in inputs[n]), default=0)
+        late = n.refs[0].base.node if n.name in LATE else None
+        depth[n] = lengths[n]
+        for m in inputs[n]:
+            depth[n] = max(depth[n], depth.get(m, 0) + (1 if m is late else lengths[n]))
     return depth
 
 
 def _turns(nodes: Sequence[Node], inputs: Mapping[Node, list[Node]]) -> list[list[Node]]:
-    """Expensive nodes in turns 1, 3, ..., each after those that it depends on; others between them, as
-    late as their readers allow."""
+    """Expensive nodes in turns 1, 3, ..., each after those that it depends on; others between them,
+    as late as their readers allow."""
     turn: dict[Node, int] = {}
     for n in nodes:
         after = max((turn[m] for m in inputs[n]), default=0)
@@ -109,12 +114,16 @@ def _turns(nodes: Sequence[Node], inputs: Mapping[Node, list[Node]]) -> list[lis
 def _joined(
     turns: Sequence[list[Node]], inputs: Mapping[Node, list[Node]], lengths: Mapping[Node, int]
 ) -> list[list[Node]]:
-    """Turns that are short enough together, as one."""
+    """Turns that are short enough together, or no longer than one of them, as one."""
+
+    def depth(part: list[Node]) -> int:
+        here = {n: [m for m in inputs[n] if m in part] for n in part}
+        return max(_depths(part, here, lengths).values(), default=0)
+
     joined: list[list[Node]] = []
     for own in turns:
         both = [*joined[-1], *own] if joined else own
-        depth = _depths(both, {n: [m for m in inputs[n] if m in both] for n in both}, lengths)
-        if joined and max(depth.values(), default=0) <= LONGEST:
+        if joined and depth(both) <= max(LONGEST, depth(joined[-1]), depth(own)):
             joined[-1] = both
         elif own:
             joined.append(own)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -154,7 +155,7 @@ class Span:
         most: how many there may be, if that is known.
         parallel: how threads share them, as a pragma says it; or nothing.
         clauses: of the pragma: what is summed up.
-        begins: lines that each element begins with.
+        begins: names that are declared for each element, if any of them is used.
     """
 
     name: str
@@ -163,7 +164,7 @@ class Span:
     most: int | None
     parallel: str = ""
     clauses: str = ""
-    begins: tuple[str, ...] = ()
+    begins: str = ""
 
 
 Level = str  # "none", "outer", "columns" or "full"
@@ -648,20 +649,17 @@ class KernelWriter:
         needed = [p.node for p in self._needed(self._ends(reduced, stored), self.now)]
         given = [n for n in needed if self._is_kept(n, self.now)]
         pieces = cut(needed, ends, given)
-        if len(pieces) == 1:
-            self._open_span(span, span.parallel, span.clauses)
-            self._body(reduced, stored)
-            self.text.close()
-            return
-        strips = span.most is None or span.most > BLOCK or bool(span.parallel)
-        if strips:
-            span = self._open_strip(span)
+        if len(pieces) > 1 and (span.most is None or span.most > BLOCK or span.parallel):
+            self._open_strip(span)
+            span, strips = replace(span, low="from", high="to", most=STRIP, parallel=""), 1
+        else:
+            strips = 0
         place = span.name if span.low == "0" else f"{span.name} - {span.low}"
         for n in (n for piece in pieces for n in piece.leaves):
             self.text.put(f"{REGISTER[n.outs[0].dtype]} w{self.number[n]}[{span.most}];")
         for piece in pieces:
             last = piece is pieces[-1]
-            self._open_span(span, "", span.clauses if last else "")
+            at = self._open_span(span, span.clauses if last else "")
             for n in piece.takes:
                 kind = REGISTER[n.outs[0].dtype]
                 self.text.put(f"const {kind} {self._name(n)} = w{self.number[n]}[{place}];")
@@ -671,25 +669,34 @@ class KernelWriter:
                 self.text.put(f"w{self.number[n]}[{place}] = {self._name(n)};")
             if last:
                 self._end(reduced, stored)
+            self._begin_each(span, at)
             self.text.close()
         self.text.close(strips)
 
-    def _open_span(self, span: Span, parallel: str, clauses: str) -> None:
-        schedule = " schedule(static)" if parallel else ""
-        self.text.put(f"#pragma omp {parallel}{' ' * bool(parallel)}simd{clauses}{schedule}")
+    def _open_span(self, span: Span, clauses: str) -> int:
+        """Opens a loop over a span; the line with which its elements begin."""
+        parallel, schedule = (
+            (f"{span.parallel} ", " schedule(static)") if span.parallel else ("", "")
+        )
+        self.text.put(f"#pragma omp {parallel}simd{clauses}{schedule}")
         n = span.name
         self.text.open(f"for (int64_t {n} = {span.low}; {n} < {span.high}; {n}++)")
-        for line in span.begins:
-            self.text.put(line)
+        return len(self.text.lines)
 
-    def _open_strip(self, span: Span) -> Span:
-        """A loop over strips of the span; what is left of it within a strip."""
+    def _begin_each(self, span: Span, at: int) -> None:
+        """What each element begins with, where any of it is used."""
+        names = re.findall(r"(\w+) =", span.begins)
+        body = "\n".join(self.text.lines[at:])
+        if any(re.search(rf"\b{name}\b", body) for name in names):
+            self.text.insert(at, span.begins, self.text.depth)
+
+    def _open_strip(self, span: Span) -> None:
+        """Opens a loop over strips of a span, [from, to)."""
         if span.parallel:
             self.text.put(f"#pragma omp {span.parallel} schedule(static)")
         self.text.open(f"for (int64_t from = {span.low}; from < {span.high}; from += {STRIP})")
         end = f"from + {STRIP}"
         self.text.put(f"const int64_t to = {end} < {span.high} ? {end} : {span.high};")
-        return replace(span, low="from", high="to", most=STRIP, parallel="")
 
     def _is_kept(self, node: Node, stage: int) -> bool:
         return node in self.kept and self.kept[node] < stage

@@ -77,7 +77,7 @@ def packed_once(op: Op, sides: Sides, rows: int) -> int:
 
 
 def weights_read(op: Op, v: Value) -> int | None:
-    """How often a convolution packs a value, its weights; None for an op that reads it otherwise."""
+    """How often a convolution packs a value, its weights; None where an op reads it otherwise."""
     if role_of(op) is None:
         return None
     left, right = matrices_of(op)

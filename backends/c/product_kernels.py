@@ -154,7 +154,7 @@ class ProductWriter(KernelWriter):
                 over = f"({over}) % {size}" if inner == 1 else f"{over} % {size}"
             digits.append(f"{name} = {over}")
         line = f"const int64_t {', '.join(digits)};"
-        self._elements(Span("j", "0", "cols", None, begins=(line,)), [], self.stores)
+        self._elements(Span("j", "0", "cols", None, begins=line), [], self.stores)
         text.close()
 
     # -- the product itself --------------------------------------------------------------------
