@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -188,7 +188,9 @@ class KernelWriter:
         buffer_of: Callable[[Base], Buffer],
         stored: set[Base],
         in_place: Iterable[Base],
+        far: Collection[Base] = (),
     ) -> None:
+        self.far = far
         self.unit, self.atoms, self.buffer_of = unit, atoms, buffer_of
         self.members = {b: p for p in unit.nodes for b in p.node.outs}
         self.stores = [p for p in unit.nodes if p.node.outs[0] in stored]
@@ -197,6 +199,7 @@ class KernelWriter:
         self.pointers: dict[tuple[Buffer, int], tuple[torch.dtype, bool]] = {}
         self.changed = {buffer_of(p.node.outs[0]) for p in self.stores}
         self.now = 0
+        self.away: dict[Node, str] = {}
         self.kept: dict[Node, int] = {}
         self.ahead: _Ahead | None = None
         self.loaded = 0
@@ -508,6 +511,7 @@ class KernelWriter:
     def _store(self, placed: Placed) -> None:
         out = placed.node.outs[0]
         where = self._element(out, self._result_access(placed), write=True)
+        where = self.away.get(placed.node, where)
         self.text.put(f"{where} = {store(self._name(placed.node), out.dtype)};")
 
     def _needed(self, roots: list[Placed], stage: int = 0) -> list[Placed]:
@@ -649,7 +653,9 @@ class KernelWriter:
         needed = [p.node for p in self._needed(self._ends(reduced, stored), self.now)]
         given = [n for n in needed if self._is_kept(n, self.now)]
         pieces = cut(needed, ends, given)
-        if len(pieces) > 1 and (span.most is None or span.most > BLOCK or span.parallel):
+        away = self._stored_away(stored)
+        cut_up = len(pieces) > 1 or away
+        if cut_up and (span.most is None or span.most > BLOCK or span.parallel):
             self._open_strip(span)
             span, strips = replace(span, low="from", high="to", most=STRIP, parallel=""), 1
         else:
@@ -657,6 +663,10 @@ class KernelWriter:
         place = span.name if span.low == "0" else f"{span.name} - {span.low}"
         for n in (n for piece in pieces for n in piece.leaves):
             self.text.put(f"{REGISTER[n.outs[0].dtype]} w{self.number[n]}[{span.most}];")
+        for p in away:
+            kind = MEMORY[p.node.outs[0].dtype]
+            self.text.put(f"{kind} f{self.number[p.node]}[{span.most}];")
+        self.away = {p.node: f"f{self.number[p.node]}[{place}]" for p in away}
         for piece in pieces:
             last = piece is pieces[-1]
             at = self._open_span(span, span.clauses if last else "")
@@ -671,7 +681,17 @@ class KernelWriter:
                 self._end(reduced, stored)
             self._begin_each(span, at)
             self.text.close()
+        for p in away:
+            self._store_away(p, span)
+        self.away = {}
         self.text.close(strips)
+
+    def _stored_away(self, stored: list[Placed]) -> list[Placed]:
+        """What is stored past the cache."""
+        return []
+
+    def _store_away(self, placed: Placed, span: Span) -> None:
+        raise NotImplementedError
 
     def _open_span(self, span: Span, clauses: str) -> int:
         """Opens a loop over a span; the line with which its elements begin."""

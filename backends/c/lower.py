@@ -37,6 +37,7 @@ from .schedule import Order, schedule
 from .tuning import slower_products
 
 SOURCE_FILES = 4
+FAR_BYTES = 64 << 20
 HEADER_OF = {"gemm.h": "ss_gemm", "attention.h": "ss_attention", "run.h": "ss_declined"}
 
 
@@ -134,6 +135,7 @@ class _Emitter:
 
     def __post_init__(self) -> None:
         self.known = set(self.function.values)
+        self.far = _read_far_away(self.order)
 
     # -- buffers -------------------------------------------------------------------------------
 
@@ -243,7 +245,7 @@ class _Emitter:
     def kernel_call(self, unit: Unit) -> CallKernel:
         writer = _writer_of(unit)
         kernel = writer(
-            unit, self.grouping.atoms, self.buffer_of, self.stored, self.order.in_place
+            unit, self.grouping.atoms, self.buffer_of, self.stored, self.order.in_place, self.far
         ).write()
         name = self.name_of(kernel)
         pointers = tuple(
@@ -325,6 +327,21 @@ class _Emitter:
             parts[shortest].append(function.written(body))
             lengths[shortest] += len(body)
         return [_file("\n".join(part)) for part in parts]
+
+
+def _read_far_away(order: Order) -> set[Base]:
+    """What is in no cache any more when it is first read."""
+    since: dict[Base, int] = {}
+    far: set[Base] = set()
+    passed = 0
+    for unit in order.units:
+        touched = {r.base for r in unit.reads} | set(unit.makes)
+        for base in touched & since.keys():
+            if passed - since.pop(base) > FAR_BYTES:
+                far.add(base)
+        passed += sum(b.nbytes for b in touched)
+        since.update((b, passed) for b in unit.makes if b.nbytes >= 1 << 20 and b not in order.in_place)
+    return far
 
 
 def _kind(unit: Unit) -> str:

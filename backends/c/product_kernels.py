@@ -7,6 +7,7 @@ part stores them, with everything else of the kernel done to each element on the
 from __future__ import annotations
 
 import math
+import re
 from textwrap import indent
 
 import torch
@@ -156,6 +157,20 @@ class ProductWriter(KernelWriter):
         line = f"const int64_t {', '.join(digits)};"
         self._elements(Span("j", "0", "cols", None, begins=line), [], self.stores)
         text.close()
+
+    def _stored_away(self, stored: list[Placed]) -> list[Placed]:
+        if any(self.sizes[name] > 1 for name in COLUMNS if name != "col"):
+            return []
+        found = (p for p in stored if p.node.outs[0] in self.far)
+        last = next((loop.atoms[-1] for loop in self.inner_loops if loop.name == "col"), None)
+        return [p for p in found if self._result_access(p).strides.get(last) == 1]
+
+    def _store_away(self, placed: Placed, span: Span) -> None:
+        out = placed.node.outs[0]
+        where = self._element(out, self._result_access(placed), write=True)
+        first = re.sub(r"\bcol\b", f"(c0 + {span.low})", where)
+        name, size = f"f{self.number[placed.node]}", out.dtype.itemsize
+        self.text.put(f"ss_store_far(&{first}, {name}, ({span.high} - {span.low}) * {size});")
 
     # -- the product itself --------------------------------------------------------------------
 
