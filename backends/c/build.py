@@ -44,10 +44,11 @@ HEADERS = (
     "attention_kernel.h",
     "trial.h",
     "run.h",
+    "far.h",
 )
 # Written by hand, compiled once for a machine: what every library is linked with, and what those
 # are whose sources include a header.
-RUNTIME = ("gemm.c", "frame.c", "pool.c", "trial.c", "run.c")
+RUNTIME = ("gemm.c", "frame.c", "pool.c", "trial.c", "run.c", "far.c")
 RUNTIME_OF = {"attention.h": ("attention.c",)}
 JOBS = max(2, os.cpu_count() or 1)
 _COMMENT = re.compile(r"^[ \t]*//.*\n", re.MULTILINE)

@@ -726,9 +726,6 @@ static void one_part(const Job *job, int64_t p, int64_t slot) {
     if (job->s.amx) ss_tile_start();
 #endif
     part(job, own, (float *)(job->scratch + slot * job->each));
-#if SS_LANES == 16
-    _mm_sfence(); /* `ss_store_far` */
-#endif
 #if SS_AMX
     if (job->s.amx) ss_tile_stop();
 #endif
@@ -757,18 +754,6 @@ void ss_gemm_run(const ss_gemm *g, const void *a, const void *b, const int32_t *
     job.parts = job.c.groups * job.c.down * job.c.across;
     job.lanes = used == 1 ? 1 : ss_threads() > threads ? threads : 0;
     ss_parallel(take, &job, job.lanes ? job.lanes : job.parts);
-}
-
-void ss_store_far(void *to, const void *from, int64_t bytes) {
-    char *out = to;
-    const char *p = from;
-#if SS_LANES == 16
-    const int64_t head = least(bytes, -(uintptr_t)out & 63);
-    memcpy(out, p, head);
-    for (out += head, p += head, bytes -= head; bytes >= 64; out += 64, p += 64, bytes -= 64)
-        _mm512_stream_si512((void *)out, _mm512_loadu_si512(p));
-#endif
-    memcpy(out, p, bytes);
 }
 
 typedef struct {

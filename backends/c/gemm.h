@@ -65,9 +65,6 @@ int64_t ss_gemm_scratch(const ss_gemm *g);
 void ss_gemm_run(const ss_gemm *g, const void *a, const void *b, const int32_t *ends,
                  void *const *buffers, void *scratch, int64_t threads);
 
-/* Copies to memory that nobody reads soon, past the cache; what has an `ss_finish` may call it. */
-void ss_store_far(void *to, const void *from, int64_t bytes);
-
 /* B of one product in the order in which the product reads it, for many that share it. */
 void ss_gemm_pack(const ss_gemm *g, const void *b, void *packed);
 

@@ -155,7 +155,7 @@ class Span:
         most: how many there may be, if that is known.
         parallel: how threads share them, as a pragma says it; or nothing.
         clauses: of the pragma: what is summed up.
-        begins: names that are declared for each element, if any of them is used.
+        begins: `name = value` of what each element declares, if it uses any of it.
     """
 
     name: str
@@ -164,7 +164,7 @@ class Span:
     most: int | None
     parallel: str = ""
     clauses: str = ""
-    begins: str = ""
+    begins: tuple[str, ...] = ()
 
 
 Level = str  # "none", "outer", "columns" or "full"
@@ -686,12 +686,29 @@ class KernelWriter:
         self.away = {}
         self.text.close(strips)
 
+    def _elements_loop(self) -> Loop | None:
+        """The innermost loop, if its elements are those of one dimension."""
+        return self.inner_loops[-1]
+
     def _stored_away(self, stored: list[Placed]) -> list[Placed]:
-        """What is stored past the cache."""
-        return []
+        """What is stored past the caches: of neighbours in memory, where nothing else waits."""
+        loop = self._elements_loop()
+        hosts = [self._host(self.members[n.outs[0]]) for n in self.kept]
+        return [
+            p for p in stored
+            if loop is not None and p.node.outs[0] in self.far and p not in hosts
+            and self._result_access(p).strides.get(loop.atoms[-1]) == 1
+        ]  # fmt: skip
 
     def _store_away(self, placed: Placed, span: Span) -> None:
-        raise NotImplementedError
+        """Copies a strip of results to where it belongs."""
+        out = placed.node.outs[0]
+        first = self._element(out, self._result_access(placed), write=True)
+        for name, value in (begin.split(" = ") for begin in span.begins):
+            first = re.sub(rf"\b{name}\b", f"({value})", first)
+        first = re.sub(rf"\b{span.name}\b", span.low, first)
+        count, size = f"({span.high} - {span.low})", out.dtype.itemsize
+        self.text.put(f"ss_store_far(&{first}, f{self.number[placed.node]}, {count} * {size});")
 
     def _open_span(self, span: Span, clauses: str) -> int:
         """Opens a loop over a span; the line with which its elements begin."""
@@ -705,10 +722,10 @@ class KernelWriter:
 
     def _begin_each(self, span: Span, at: int) -> None:
         """What each element begins with, where any of it is used."""
-        names = re.findall(r"(\w+) =", span.begins)
-        body = "\n".join(self.text.lines[at:])
-        if any(re.search(rf"\b{name}\b", body) for name in names):
-            self.text.insert(at, span.begins, self.text.depth)
+        names = "|".join(begin.split(" =")[0] for begin in span.begins)
+        if names and re.search(rf"\b({names})\b", "\n".join(self.text.lines[at:])):
+            line = f"const int64_t {', '.join(span.begins)};"
+            self.text.insert(at, line, self.text.depth)
 
     def _open_strip(self, span: Span) -> None:
         """Opens a loop over strips of a span, [from, to)."""

@@ -28,6 +28,7 @@ from .accounting import work_of_op, work_of_unit
 from .claims import Claim, claim
 from .column_sums import ColumnSumWriter
 from .decompositions import decompose
+from .distance import read_far_away
 from .groups import Grouping, Unit
 from .kernels import Kernel, KernelWriter
 from .library import way_of
@@ -37,8 +38,10 @@ from .schedule import Order, schedule
 from .tuning import slower_products
 
 SOURCE_FILES = 4
-FAR_BYTES = 64 << 20
-HEADER_OF = {"gemm.h": "ss_gemm", "attention.h": "ss_attention", "run.h": "ss_declined"}
+HEADER_OF = {
+    "gemm.h": "ss_gemm", "attention.h": "ss_attention", "run.h": "ss_declined",
+    "far.h": "ss_store_far",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class _Emitter:
 
     def __post_init__(self) -> None:
         self.known = set(self.function.values)
-        self.far = _read_far_away(self.order)
+        self.far = read_far_away(self.order.units, self.order.in_place)
 
     # -- buffers -------------------------------------------------------------------------------
 
@@ -327,21 +330,6 @@ class _Emitter:
             parts[shortest].append(function.written(body))
             lengths[shortest] += len(body)
         return [_file("\n".join(part)) for part in parts]
-
-
-def _read_far_away(order: Order) -> set[Base]:
-    """What is in no cache any more when it is first read."""
-    since: dict[Base, int] = {}
-    far: set[Base] = set()
-    passed = 0
-    for unit in order.units:
-        touched = {r.base for r in unit.reads} | set(unit.makes)
-        for base in touched & since.keys():
-            if passed - since.pop(base) > FAR_BYTES:
-                far.add(base)
-        passed += sum(b.nbytes for b in touched)
-        since.update((b, passed) for b in unit.makes if b.nbytes >= 1 << 20 and b not in order.in_place)
-    return far
 
 
 def _kind(unit: Unit) -> str:

@@ -7,7 +7,6 @@ part stores them, with everything else of the kernel done to each element on the
 from __future__ import annotations
 
 import math
-import re
 from textwrap import indent
 
 import torch
@@ -154,23 +153,13 @@ class ProductWriter(KernelWriter):
             if name is not columns[0]:
                 over = f"({over}) % {size}" if inner == 1 else f"{over} % {size}"
             digits.append(f"{name} = {over}")
-        line = f"const int64_t {', '.join(digits)};"
-        self._elements(Span("j", "0", "cols", None, begins=line), [], self.stores)
+        self._elements(Span("j", "0", "cols", None, begins=tuple(digits)), [], self.stores)
         text.close()
 
-    def _stored_away(self, stored: list[Placed]) -> list[Placed]:
-        if any(self.sizes[name] > 1 for name in COLUMNS if name != "col"):
-            return []
-        found = (p for p in stored if p.node.outs[0] in self.far)
-        last = next((loop.atoms[-1] for loop in self.inner_loops if loop.name == "col"), None)
-        return [p for p in found if self._result_access(p).strides.get(last) == 1]
-
-    def _store_away(self, placed: Placed, span: Span) -> None:
-        out = placed.node.outs[0]
-        where = self._element(out, self._result_access(placed), write=True)
-        first = re.sub(r"\bcol\b", f"(c0 + {span.low})", where)
-        name, size = f"f{self.number[placed.node]}", out.dtype.itemsize
-        self.text.put(f"ss_store_far(&{first}, {name}, ({span.high} - {span.low}) * {size});")
+    def _elements_loop(self) -> Loop | None:
+        others = any(self.sizes[name] > 1 for name in (*COLUMNS, *PHASES) if name != "col")
+        loops = [loop for loop in self.inner_loops if loop.name == "col"]
+        return None if others or not loops else loops[0]
 
     # -- the product itself --------------------------------------------------------------------
 
