@@ -10,6 +10,9 @@ A kernel reads and writes through an array of pointers. Its loops come in three 
 A stage is one pass over the inner loops: it ends where a reduction must be complete. Pointwise
 values are computed anew in each stage that needs them; only what is read outside is stored. In a
 row kernel, one that costs much (an exponential) waits for later stages in a buffer of one row.
+
+The innermost loop of a pass is several where its arithmetic is a long chain (`chains.py`), and what
+is read much later is stored past the caches (`distance.py`), strip by strip.
 """
 
 from __future__ import annotations
@@ -26,13 +29,13 @@ import torch
 from shoestring.ir import DTYPE_NAMES
 
 from ..instructions import Buffer, contiguous_strides
+from .accumulators import Accumulators
 from .atoms import Atoms, strides_of
 from .chains import STRIP, cut
 from .expressions import (
     EXACT_NUMBER,
     EXPENSIVE,
     EXPRESSIONS,
-    FLOATS,
     HALVES,
     MEMORY,
     REGISTER,
@@ -42,14 +45,13 @@ from .expressions import (
     literal,
     load,
     number,
-    opmath,
     rounded,
     store,
     widened,
 )
 from .groups import KEYED, Placed, Unit, reads_whole, reduced_dims_of
 from .nodes import Base, Node, Ref, Work
-from .reductions import REDUCTIONS, Reduction, accumulator
+from .text import Text
 
 PARALLEL_WORK = 1 << 16  # below this many element operations a thread costs more than it saves
 BLOCK = 1024  # elements that one single-precision partial sum takes in
@@ -103,27 +105,6 @@ class Access:
     strides: dict[int, int]
     offset: int
     weight: int
-
-
-@dataclass
-class _Text:
-    lines: list[str] = field(default_factory=list[str])
-    depth: int = 1
-
-    def put(self, line: str) -> None:
-        self.lines.append(line if line.startswith("#") else "    " * self.depth + line)
-
-    def insert(self, at: int, line: str, depth: int) -> None:
-        self.lines.insert(at, "    " * depth + line)
-
-    def open(self, line: str) -> None:
-        self.put(line + " {")
-        self.depth += 1
-
-    def close(self, count: int = 1) -> None:
-        for _ in range(count):
-            self.depth -= 1
-            self.put("}")
 
 
 @dataclass
@@ -195,7 +176,7 @@ class KernelWriter:
         self.members = {b: p for p in unit.nodes for b in p.node.outs}
         self.stores = [p for p in unit.nodes if p.node.outs[0] in stored]
         self.in_place = set(in_place)
-        self.text = _Text()
+        self.text = Text()
         self.pointers: dict[tuple[Buffer, int], tuple[torch.dtype, bool]] = {}
         self.changed = {buffer_of(p.node.outs[0]) for p in self.stores}
         self.now = 0
@@ -838,8 +819,8 @@ class KernelWriter:
             a.flush(self.text)
         self.text.close(len(outside) + long)
 
-    def _acc(self, p: Placed) -> _Accumulators:
-        return _Accumulators(p, self.number[p.node])
+    def _acc(self, p: Placed) -> Accumulators:
+        return Accumulators(p, self.number[p.node])
 
     def _accumulate(self, p: Placed) -> None:
         source = p.node.refs[0]
@@ -975,105 +956,6 @@ class KernelWriter:
 _INDEXED = frozenset({
     "aten.arange.start_step", "rng.uniform.default", "rng.bits.default", "rng.advance.default",
 })  # fmt: skip
-
-
-class _Accumulators:
-    """The C variables of one reduction: `t` over everything, `a` over one block.
-
-    Sums of f32 take in a block in f32, as SIMD does, and add blocks in f64.
-    """
-
-    def __init__(self, placed: Placed, number: int) -> None:
-        node = placed.node
-        self.kind: Reduction = REDUCTIONS[node.name]
-        self.out = node.outs[0].dtype
-        self.dtype = accumulator(self.kind.how, self.out)
-        self.id = number
-        self.block_type = REGISTER[self.dtype]
-        wide = self.kind.how in ("sum", "prod") and self.dtype is torch.float32
-        self.total_type = "double" if wide else self.block_type
-        self.tracks_nan = self.kind.how in ("max", "min") and self.dtype in FLOATS
-
-    @property
-    def start(self) -> str:
-        how = self.kind.how
-        if how in ("sum", "any"):
-            return "0"
-        if how in ("prod", "all"):
-            return "1"
-        if self.dtype in FLOATS:
-            return "-INFINITY" if how == "max" else "INFINITY"
-        if self.dtype is torch.bool:
-            return "0" if how == "max" else "1"
-        info = torch.iinfo(self.dtype)
-        return literal(info.min if how == "max" else info.max, self.dtype)
-
-    @property
-    def sign(self) -> str:
-        return {"sum": "+", "prod": "*", "any": "|", "all": "&", "max": "max", "min": "min"}[
-            self.kind.how
-        ]
-
-    @property
-    def partials(self) -> list[tuple[str, str]]:
-        """Type and name of everything that a block leaves behind."""
-        own = [(self.total_type, f"t{self.id}")]
-        return [*own, ("int", f"n{self.id}")] if self.tracks_nan else own
-
-    @property
-    def clauses(self) -> list[str]:
-        own = [f"{self.sign} : a{self.id}"]
-        return [*own, f"| : m{self.id}"] if self.tracks_nan else own
-
-    def declare(self, text: _Text) -> None:
-        nan = f" int n{self.id} = 0;" if self.tracks_nan else ""
-        text.put(f"{self.total_type} t{self.id} = {self.start};{nan}")
-
-    def declare_block(self, text: _Text) -> None:
-        nan = f" int m{self.id} = 0;" if self.tracks_nan else ""
-        text.put(f"{self.block_type} a{self.id} = {self.start};{nan}")
-
-    def declare_lanes(self, text: _Text, width: int) -> None:
-        for kind, name in self.partials:
-            start = "0" if name.startswith("n") else self.start
-            text.put(f"{kind} {name}[{width}];")
-            text.put(f"for (int64_t l = 0; l < {width}; l++) {name}[l] = {start};")
-
-    def declare_block_lanes(self, text: _Text, width: int) -> None:
-        names = [(self.block_type, f"a{self.id}", self.start)]
-        if self.tracks_nan:
-            names.append(("int", f"m{self.id}", "0"))
-        for kind, name, start in names:
-            text.put(f"{kind} {name}[{width}];")
-            text.put(f"for (int64_t l = 0; l < {width}; l++) {name}[l] = {start};")
-
-    def _into(self, target: str, value: str) -> str:
-        if self.kind.how in ("max", "min"):
-            sign = ">" if self.kind.how == "max" else "<"
-            return f"{target} = {value} {sign} {target} ? {value} : {target};"
-        return f"{target} {self.sign}= {value};"
-
-    def update(self, value: str, lane: str = "") -> str:
-        nan = f" m{self.id}{lane} |= {value} != {value};" if self.tracks_nan else ""
-        return self._into(f"a{self.id}{lane}", value) + nan
-
-    def flush(self, text: _Text, lane: str = "") -> None:
-        nan = f" n{self.id}{lane} |= m{self.id}{lane};" if self.tracks_nan else ""
-        text.put(self._into(f"t{self.id}{lane}", f"a{self.id}{lane}") + nan)
-
-    def combine(self) -> str:
-        nan = f" n{self.id} |= n{self.id}s[q];" if self.tracks_nan else ""
-        return self._into(f"t{self.id}", f"t{self.id}s[q]") + nan
-
-    def result(self, count: int, lane: str = "") -> str:
-        total = f"t{self.id}{lane}"
-        if self.tracks_nan:
-            return f"n{self.id}{lane} ? NAN : {total}"
-        if self.kind.mean:
-            total = f"{total} / {count}"
-        if self.dtype is torch.bool:
-            return cast(total, torch.bool, self.out) if self.out is not torch.bool else total
-        return rounded(f"({REGISTER[opmath(self.out)]})({total})", self.out)
 
 
 def _raw(operand: object) -> tuple[str, torch.dtype] | None:
