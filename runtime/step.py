@@ -84,7 +84,7 @@ class _Compiled:
         self.options = options
         self.rng = torch.tensor([seed, 0], dtype=torch.int64)
         self.gradients: dict[str, torch.Tensor] = {}
-        self._numbers: dict[str, torch.Tensor] = {}
+        self._numbers: dict[str, tuple[torch.Tensor, Any]] = {}
         self.programs: dict[Any, Program] = {}
         self._backend: Backend = get_backend(options.backend)
 
@@ -138,13 +138,17 @@ class _Compiled:
 
     def number(self, path: str, value: Any) -> torch.Tensor:
         """A number as f64[]: the same tensor at each call, so that nothing is bound again."""
-        held = self._numbers.get(path)
-        if held is None:
-            held = self._numbers[path] = torch.empty((), dtype=torch.float64)
+        known = self._numbers.get(path)
+        if known is not None and known[1] is value and not isinstance(value, torch.Tensor):
+            return known[0]
+        held = torch.empty((), dtype=torch.float64) if known is None else known[0]
         with torch.no_grad():
             if isinstance(value, torch.Tensor):
-                return held.copy_(value.reshape(()))
-            return held.fill_(value)
+                held.copy_(value.reshape(()))
+            else:
+                held.fill_(value)
+        self._numbers[path] = held, value
+        return held
 
     def mode_key(self) -> tuple[Any, ...]:
         """Facts about the model and about torch that a program depends on."""
