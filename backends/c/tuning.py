@@ -239,6 +239,7 @@ class _Gemm(ctypes.Structure):
         ("windows", ctypes.POINTER(_Windows)),
         ("order", ctypes.POINTER(_Order)),
         ("b_packed", ctypes.c_int),
+        ("b_rounded", ctypes.c_int),
     ]
 
 

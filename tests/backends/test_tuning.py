@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,6 +167,10 @@ def test_structures_are_those_of_c(tmp_path: Path) -> None:
     library = ctypes.CDLL(str(tmp_path / "sizes.so"))
     sizes = (ctypes.c_int64 * len(found)).in_dll(library, "sizes")
     assert list(sizes) == [ctypes.sizeof(s) for s in found.values()]
+    text = (HERE / "gemm.h").read_text().split("} ss_gemm;")[0].rsplit("typedef struct {", 1)[1]
+    fields = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)  # one may lie in another's padding
+    names = re.findall(r"(\w+)\s*[,;]", fields)
+    assert names == [name for name, *_ in tuning._Gemm._fields_]
 
 
 def test_disturbed_rounds_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
