@@ -58,18 +58,17 @@ def cut(nodes: Sequence[Node], ends: Collection[Node], given: Collection[Node]) 
     inputs = _inputs(nodes, given)
     lengths = {n: 0 if n in given else length(n) for n in nodes}
     depth = _depths(nodes, inputs, lengths)
-    if max(depth.values(), default=0) <= LONGEST or not any(map(is_expensive, inputs)):
+    costly = {n for n in nodes if n.name in EXPENSIVE and n not in given}
+    if max(depth.values(), default=0) <= LONGEST or not costly:
         return [Piece((), tuple(nodes))]
-    return _pieces(nodes, _joined(_turns(nodes, inputs), inputs, lengths), inputs, depth, ends)
+    cheap = {n for n in nodes if depth[n] <= CHEAP and n not in costly}
+    parts = _joined(_turns(nodes, inputs, costly), inputs, lengths)
+    return _pieces(nodes, parts, inputs, cheap, ends)
 
 
 def length(node: Node) -> int:
     """Operations one after the other."""
     return LENGTHS.get(node.name, 1) + ROUNDING * (node.outs[0].dtype in HALVES)
-
-
-def is_expensive(node: Node) -> bool:
-    return node.name in EXPENSIVE
 
 
 def _inputs(nodes: Sequence[Node], given: Collection[Node]) -> dict[Node, list[Node]]:
@@ -93,18 +92,20 @@ def _depths(
     return depth
 
 
-def _turns(nodes: Sequence[Node], inputs: Mapping[Node, list[Node]]) -> list[list[Node]]:
-    """Expensive nodes in turns 1, 3, ..., each after those that it depends on; others between them,
+def _turns(
+    nodes: Sequence[Node], inputs: Mapping[Node, list[Node]], costly: Collection[Node]
+) -> list[list[Node]]:
+    """Costly nodes in turns 1, 3, ..., each after those that it depends on; others between them,
     as late as their readers allow."""
     turn: dict[Node, int] = {}
     for n in nodes:
         after = max((turn[m] for m in inputs[n]), default=0)
-        turn[n] = after + after % 2 if not is_expensive(n) else after + 1 + after % 2
+        turn[n] = after + after % 2 + (n in costly)
     last = max(turn.values())
     last += last % 2
     wanted: dict[Node, int] = {}
     for n in reversed(nodes):
-        if not is_expensive(n):
+        if n not in costly:
             turn[n] = wanted.get(n, last)
         for m in inputs[n]:
             wanted[m] = min(wanted.get(m, last), turn[n] - turn[n] % 2)
@@ -134,9 +135,10 @@ def _pieces(
     nodes: Sequence[Node],
     parts: Sequence[Sequence[Node]],
     inputs: Mapping[Node, list[Node]],
-    depth: Mapping[Node, int],
+    cheap: Collection[Node],
     ends: Collection[Node],
 ) -> list[Piece]:
+    """The loops of parts: what each takes from those before, and cheap nodes that it does again."""
     part = {n: i for i, own in enumerate(parts) for n in own}
     taken = [set[Node]() for _ in parts]
     computed = [set(own) for own in parts]
@@ -146,7 +148,7 @@ def _pieces(
             n = stack.pop()
             if n in computed[i]:
                 continue
-            if depth[n] <= CHEAP and not is_expensive(n):
+            if n in cheap:
                 computed[i].add(n)
                 stack += inputs[n]
             else:

@@ -3,5 +3,12 @@
 #pragma once
 #include <stdint.h>
 
-/* Copies to `to`. Other threads see it once the pool's work is done. */
+/* Copies to `to`. Other threads see it behind `ss_finish_stores`, which is where work is handed from one
+ * to another: in the pool, and at the end of a run. */
 void ss_store_far(void *to, const void *from, int64_t bytes);
+
+static inline void ss_finish_stores(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_sfence();
+#endif
+}

@@ -635,12 +635,12 @@ class KernelWriter:
         given = [n for n in needed if self._is_kept(n, self.now)]
         pieces = cut(needed, ends, given)
         away = self._stored_away(stored)
-        cut_up = len(pieces) > 1 or away
-        if cut_up and (span.most is None or span.most > BLOCK or span.parallel):
+        arrays = len(pieces) > 1 or bool(away)
+        if arrays and (span.most is None or span.most > BLOCK or span.parallel):
             self._open_strip(span)
-            span, strips = replace(span, low="from", high="to", most=STRIP, parallel=""), 1
-        else:
-            strips = 0
+            span = replace(span, low="from", high="to", most=STRIP, parallel="")
+        elif arrays:
+            self.text.open()
         place = span.name if span.low == "0" else f"{span.name} - {span.low}"
         for n in (n for piece in pieces for n in piece.leaves):
             self.text.put(f"{REGISTER[n.outs[0].dtype]} w{self.number[n]}[{span.most}];")
@@ -665,7 +665,7 @@ class KernelWriter:
         for p in away:
             self._store_away(p, span)
         self.away = {}
-        self.text.close(strips)
+        self.text.close(arrays)
 
     def _elements_loop(self) -> Loop | None:
         """The innermost loop, if its elements are those of one dimension."""

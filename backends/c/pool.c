@@ -17,6 +17,8 @@
 #define _GNU_SOURCE
 #include "pool.h"
 
+#include "far.h"
+
 #include <limits.h>
 #include <pthread.h>
 #include <sched.h>
@@ -75,13 +77,6 @@ static void pause_briefly(void) {
 #endif
 }
 
-/* Stores past the caches come before what follows: others are told only then. */
-static void finish_stores(void) {
-#if defined(__x86_64__)
-    __builtin_ia32_sfence();
-#endif
-}
-
 static int64_t now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -114,7 +109,7 @@ static void take_parts(int64_t worker) {
     const int64_t threads = atomic_load(&pool.limit);
     int64_t taken = 0;
     for (int64_t i = 0; i < threads; i++) taken += take_share(worker, (worker + i) % threads);
-    finish_stores();
+    ss_finish_stores();
     if (taken) atomic_fetch_add(&pool.done, taken);
 }
 
@@ -192,7 +187,7 @@ static void own_parallel(ss_part part, void *context, int64_t parts) {
         return;
     }
     if (pool.started < pool.wanted) start_workers();
-    finish_stores();
+    ss_finish_stores();
     atomic_store(&pool.part, part);
     atomic_store(&pool.context, context);
     atomic_store(&pool.done, 0);

@@ -18,8 +18,9 @@ class Text:
     def insert(self, at: int, line: str, depth: int) -> None:
         self.lines.insert(at, "    " * depth + line)
 
-    def open(self, line: str) -> None:
-        self.put(line + " {")
+    def open(self, line: str = "") -> None:
+        """Begins a block, behind a line if there is one."""
+        self.put(f"{line} {{".lstrip())
         self.depth += 1
 
     def close(self, count: int = 1) -> None:
