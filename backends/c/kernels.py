@@ -630,10 +630,10 @@ class KernelWriter:
 
     def _elements(self, span: Span, reduced: list[Placed], stored: list[Placed]) -> None:
         """One loop over all elements, or several where a chain of arithmetic is long."""
-        ends = [p.node for p in self._ends(reduced, stored)]
-        needed = [p.node for p in self._needed(self._ends(reduced, stored), self.now)]
+        ends = self._ends(reduced, stored)
+        needed = [p.node for p in self._needed(ends, self.now)]
         given = [n for n in needed if self._is_kept(n, self.now)]
-        pieces = cut(needed, ends, given)
+        pieces = cut(needed, [p.node for p in ends], given)
         away = self._stored_away(stored)
         arrays = len(pieces) > 1 or bool(away)
         if arrays and (span.most is None or span.most > BLOCK or span.parallel):

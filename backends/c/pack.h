@@ -10,6 +10,7 @@
  */
 #pragma once
 #include "digits.h"
+#include "prelude.h"
 #include "turn.h"
 #include "vector.h"
 
@@ -41,13 +42,6 @@ SS_INLINE int64_t neighbours(const int64_t *at, int64_t limit) {
     return n;
 }
 
-/* The upper half of an f32 that is rounded to bf16. */
-SS_INLINE uint32_t rounded_half(float x) {
-    uint32_t b;
-    memcpy(&b, &x, 4);
-    return (b + (x != x ? 0x400000u & ~b : 0x7fffu + (b >> 16 & 1u))) >> 16;
-}
-
 /* The element `at`, or it and the element `next`, which is a zero where it is not `paired`. */
 SS_INLINE float lane(const char *p, const ss_word kind, int64_t at, int64_t next, int paired) {
     const uint16_t *halves = (const uint16_t *)p;
@@ -55,9 +49,9 @@ SS_INLINE float lane(const char *p, const ss_word kind, int64_t at, int64_t next
     uint32_t word;
     if (kind == ONE_F32) return singles[at];
     if (kind == ONE_ROUNDED)
-        word = rounded_half(singles[at]) << 16;
+        word = (uint32_t)ss_to_bf16(singles[at]) << 16;
     else if (kind == TWO_ROUNDED)
-        word = rounded_half(singles[at]) | (paired ? rounded_half(singles[next]) << 16 : 0);
+        word = ss_to_bf16(singles[at]) | (paired ? (uint32_t)ss_to_bf16(singles[next]) << 16 : 0);
     else if (kind == ONE_HALF)
         word = (uint32_t)halves[at] << 16;
     else
@@ -187,24 +181,16 @@ static void pack_along(Source s, int64_t u0, int64_t units, int64_t k_end, int64
 }
 #endif
 
-#if SS_LANES == 16
-/* Of two rows of 32 halves, which make up words `first` to `first + 15` of pairs. */
-SS_INLINE ss_vu pairs_from(int first) {
-    const ss_vu lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return (lane + first) | (lane + first + 32) << 16;
-}
-#endif
-
 /* Lanes of one unit, `vectors` vectors of neighbours in memory. */
 SS_INLINE void lanes(const Words w, const char *p, const int vectors, float *out) {
     int v = 0;
 #if SS_LANES == 16
-    const __m512i low = (__m512i)pairs_from(0), high = (__m512i)pairs_from(SS_LANES);
     for (; w.kind == TWO_HALVES && v + 2 <= vectors; v += 2) {
-        const char *at = p + 2 * v * SS_LANES;
-        const __m512i first = _mm512_loadu_si512(at), second = _mm512_loadu_si512(at + 2 * w.next);
-        ss_vstore(out + v * SS_LANES, (ss_vf)_mm512_permutex2var_epi16(first, low, second));
-        ss_vstore(out + (v + 1) * SS_LANES, (ss_vf)_mm512_permutex2var_epi16(first, high, second));
+        ss_vu rows[2], pairs[2];
+        memcpy(rows, p + 2 * v * SS_LANES, sizeof *rows);
+        memcpy(rows + 1, p + 2 * (v * SS_LANES + w.next), sizeof *rows);
+        ss_vpair_bf16(rows[0], rows[1], pairs);
+        memcpy(out + v * SS_LANES, pairs, sizeof pairs);
     }
 #endif
     for (; v < vectors; v++)

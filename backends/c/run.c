@@ -6,14 +6,12 @@
 __thread int ss_declined;
 
 int64_t ss_run(const ss_call *calls, int64_t count) {
-    for (int64_t i = 0; i < count; i++) {
-        calls[i].kernel(calls[i].buffers);
-        if (ss_declined) {
-            ss_declined = 0;
-            ss_finish_stores();
-            return i;
-        }
+    int64_t done = 0;
+    for (; done < count; done++) {
+        calls[done].kernel(calls[done].buffers);
+        if (ss_declined) break;
     }
+    ss_declined = 0;
     ss_finish_stores();
-    return count;
+    return done;
 }

@@ -133,10 +133,10 @@ SS_INLINE ss_vu rounded_bits(ss_vf x) {
 
 /* Pairs of the elements of two vectors, rounded to bf16. */
 SS_INLINE ss_vu rounded_pairs(ss_vf low, ss_vf high) {
-#if SS_LANES == 16 && defined(__AVX512BF16__)
-    const ss_vu lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-    return (ss_vu)_mm512_permutexvar_epi16((__m512i)(lane | (lane + 16) << 16), both);
+#ifdef SS_BF16_DOT
+    const ss_vu lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const __m512i pairs = (__m512i)(lanes | (lanes + SS_LANES) << 16);
+    return (ss_vu)_mm512_permutexvar_epi16(pairs, (__m512i)ss_vpack_bf16(low, high));
 #else
     return rounded_bits(low) >> 16 | rounded_bits(high);
 #endif

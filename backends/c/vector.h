@@ -52,15 +52,6 @@ SS_INLINE ss_vf ss_vload_bf16(const uint16_t *p) {
     memcpy(&h, p, sizeof h);
     return (ss_vf)(__builtin_convertvector(h, ss_vu) << 16);
 }
-/* Rounds to nearest even; NaN stays NaN. */
-SS_INLINE void ss_vstore_bf16(uint16_t *p, ss_vf x) {
-    ss_vu bits = (ss_vu)x;
-    ss_vu r = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    ss_vu nan = (ss_vu)(x != x);
-    r = (r & ~nan) | (0x7fc0u & nan);
-    ss_vh h = __builtin_convertvector(r, ss_vh);
-    memcpy(p, &h, sizeof h);
-}
 
 /* Fetches so many bytes into the cache. */
 SS_INLINE void ss_fetch(const char *p, int64_t bytes) {
@@ -144,6 +135,15 @@ SS_INLINE ss_vf ss_vexp2(ss_vf x, const int rough) {
 #if SS_LANES == 16 && defined(__AVX512BF16__)
 #define SS_BF16_DOT 1
 #endif
+#if SS_LANES == 16
+/* Two rows of 32 neighbours to pairs of one of each: a low, b high. */
+SS_INLINE void ss_vpair_bf16(ss_vu a, ss_vu b, ss_vu pairs[2]) {
+    const ss_vu lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const ss_vu first = lanes | (lanes + 32) << 16; /* elements k of a and of b */
+    pairs[0] = (ss_vu)_mm512_permutex2var_epi16((__m512i)a, (__m512i)first, (__m512i)b);
+    pairs[1] = (ss_vu)_mm512_permutex2var_epi16((__m512i)a, (__m512i)(first + 0x100010u), (__m512i)b);
+}
+#endif
 #ifdef SS_BF16_DOT
 SS_INLINE ss_vu ss_vuset(uint32_t x) { return x - (ss_vu){0}; }
 /* acc + a.low b.low + a.high b.high */
@@ -153,13 +153,6 @@ SS_INLINE ss_vf ss_vdot_bf16(ss_vf acc, ss_vu a, ss_vu b) {
 /* 32 neighbours, low first, as 16 pairs. */
 SS_INLINE ss_vu ss_vpack_bf16(ss_vf low, ss_vf high) {
     return (ss_vu)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-}
-/* Two rows of 32 neighbours, as ss_vpack_bf16 gives them, to pairs of one of each: a low, b high. */
-SS_INLINE void ss_vpair_bf16(ss_vu a, ss_vu b, ss_vu pairs[2]) {
-    const ss_vu lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const ss_vu first = lanes | (lanes + 32) << 16; /* elements k of a and of b */
-    pairs[0] = (ss_vu)_mm512_permutex2var_epi16((__m512i)a, (__m512i)first, (__m512i)b);
-    pairs[1] = (ss_vu)_mm512_permutex2var_epi16((__m512i)a, (__m512i)(first + 0x100010u), (__m512i)b);
 }
 #endif
 
