@@ -41,6 +41,7 @@ enum {
     VECS = 3,
 #endif
     COLS = VECS * SS_LANES,
+    AT_ONCE = SS_LANES == 8 ? 4 : 1, /* units of K in one turn of a tile's loop */
     KC = 384,                /* the most units of K in a packed panel of B */
     MC = 264,                /* about the most rows of A that share a packed panel */
     AMX_ROWS = 32,           /* the tile of machines with tile registers: 2 x 2 of them */
@@ -200,6 +201,7 @@ SS_INLINE void tile_body(const int vecs, const int type, const int how, int add,
             acc[i][v] = ss_vset(0.0f);
             sum[i][v] = (ss_vi){0} - more[i];
         }
+#pragma GCC unroll AT_ONCE
     for (int64_t k = 0; k < units; k++) {
         const int64_t unit = how == LISTED ? a.units[k] : k * step;
         ss_vf b[VECS];
