@@ -185,10 +185,10 @@ static void NAME(pack)(
 /* Columns for products that sum over `width`: [width / KU][32], from 32 packed rows. */
 static void NAME(turn)(const UNIT *rows, int64_t width, UNIT *panel) {
     const int64_t units = width / KU;
-#if SS_LANES == 16
-    if (sizeof(UNIT) == 4 && units % 16 == 0) {
-        for (int64_t u = 0; u < units; u += 16)
-            for (int64_t l = 0; l < SS_PANEL; l += 16)
+#if TURNS
+    if (sizeof(UNIT) == 4 && units % SS_LANES == 0) {
+        for (int64_t u = 0; u < units; u += SS_LANES)
+            for (int64_t l = 0; l < SS_PANEL; l += SS_LANES)
                 turn_square(rows + l * units + u, units, panel + u * SS_PANEL + l, SS_PANEL);
         return;
     }
