@@ -273,13 +273,30 @@ class Grouping:
         So each of many products is added up at once: in one kernel with its update, a sum of sums
         would keep the operands of all of them.
         """
-        later = (self.units[i] for i in map(self._current, b.inputs))
-        if not any(u.last > a.last and (u.library or self.atoms.resolve(u.full)) for u in later):
+        if not self._is_late(a, b):
             return False
         theirs = {r.base for p in b.nodes for r in p.node.refs}
         reads = {r.base for r in a.reads} - theirs
         held = sum(base.nbytes for base in reads if base.node is not None)
         return held > HELD + 2 * sum(base.nbytes for base in theirs.intersection(a.makes))
+
+    def _is_late(self, a: Unit, b: Unit) -> bool:
+        """Whether `b` needs a product or a call that comes after `a`; True in doubt.
+
+        Where pointwise work stands says nothing: what decays a parameter stands behind the last
+        reader of the parameter, and could be computed at any time.
+        """
+        stack, seen = [b], {a.index, b.index}
+        while stack:
+            for i in {self._current(i) for i in stack.pop().inputs} - seen:
+                unit = self.units[i]
+                if unit.latest <= a.last or not (unit.library or self.atoms.resolve(unit.full)):
+                    continue
+                if unit.library or unit.product or len(seen) > MAX_SEARCH:
+                    return True
+                seen.add(i)
+                stack.append(unit)
+        return False
 
     def _tie_all(self, a: Unit, b: Unit) -> bool:
         """Ties every operand that one unit reads from the other; in a kernel none is in memory."""
