@@ -35,6 +35,7 @@ from .rematerialize import Rematerialize
 from .round_saved import RoundSaved
 from .simplify_algebra import SimplifyAlgebra
 from .split_norms import SplitNorms
+from .swap_halves import SwapHalves
 
 GROUP = "shoestring.passes"
 
@@ -42,6 +43,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     Canonicalize,
     FoldConstants,
     SimplifyAlgebra,
+    SwapHalves,
     CommonSubexpressions,
     GroupHeads,
     PropagateSlices,
@@ -82,6 +84,7 @@ def default_pipeline(keep: frozenset[str] | None = None, precision: str = "fp32"
         Canonicalize(),
         FoldConstants(),
         SimplifyAlgebra(),
+        SwapHalves(),
         CommonSubexpressions(),
         GroupHeads(),
         PropagateSlices(),

@@ -106,6 +106,10 @@ class Access:
     offset: int
     weight: int
 
+    def of(self, *atoms: int) -> tuple[int, ...]:
+        """How far apart the elements of neighbouring steps are, whichever way."""
+        return tuple(abs(self.strides.get(a, 0)) for a in atoms)
+
 
 @dataclass
 class _Ahead:
@@ -320,14 +324,22 @@ class KernelWriter:
         return votes > 0
 
     def _sorted(self, loops: list[int]) -> list[int]:
-        """Outermost first: by the strides of the first access in which two loops differ."""
+        """Outermost first: by the strides of the first access in which two loops differ.
+
+        Where neither goes from neighbour to neighbour, most accesses decide: a core waits for what
+        it reads here and there, but not for what it writes so.
+        """
 
         def compare(a: int, b: int) -> int:
-            for access in self.accesses:
-                x, y = access.strides.get(a, 0), access.strides.get(b, 0)
-                if x and y and x != y:
-                    return -1 if x > y else 1
-            return self.full.index(a) - self.full.index(b)
+            strides = [access.of(a, b) for access in self.accesses]
+            differing = [(x > y, i) for i, (x, y) in enumerate(strides) if x and y and x != y]
+            if not differing:
+                return self.full.index(a) - self.full.index(b)
+            longer = differing[0][0]
+            if all(1 not in pair for pair in strides):
+                weights = [self.accesses[i].weight * (1 if up else -1) for up, i in differing]
+                longer = sum(weights) > 0 or (sum(weights) == 0 and longer)
+            return -1 if longer else 1
 
         return sorted(loops, key=functools.cmp_to_key(compare))
 

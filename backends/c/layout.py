@@ -120,6 +120,15 @@ def _selected(op: Op, x: Layout) -> Layout:
     return Layout(op.result.type.static_shape, strides, x.offset + index * x.strides[dim])
 
 
+def flipped(op: Op, x: Layout) -> Layout:
+    """Dimensions in reverse order: negative strides, which generated code reads; torch has none."""
+    strides, offset = list(x.strides), x.offset
+    for dim in {d % len(x.shape) for d in op.attr("dims")}:
+        offset += (x.shape[dim] - 1) * strides[dim]
+        strides[dim] = -strides[dim]
+    return Layout(x.shape, tuple(strides), offset)
+
+
 def _diagonal(op: Op, x: Layout) -> Layout:
     rank = len(x.shape)
     a, b, k = op.attr("dim1") % rank, op.attr("dim2") % rank, op.attr("offset")

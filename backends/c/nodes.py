@@ -35,7 +35,7 @@ from . import packing
 from .claims import Orders, result_orders
 from .convolutions import role_of
 from .expressions import HALVES, has_expression, scalar_fill
-from .layout import VIEWS, Layout, permute, reshape, row_major, split_parts
+from .layout import VIEWS, Layout, flipped, permute, reshape, row_major, split_parts
 from .products import bias_of, is_product, matrices_of
 from .reductions import has_reduction, reduced_dims
 
@@ -240,7 +240,7 @@ class WorkList:
             self.begin_sum(op)
             return
         work = classify(op)
-        if work is Work.POINTWISE and self.uniform(op):
+        if work is Work.POINTWISE and self.uniform(op) or self.flip(op):
             return
         operands = tuple(self.bind(o) for o in op.operands)
         if work is Work.REDUCTION and self.trivial(op):
@@ -387,6 +387,20 @@ class WorkList:
             return False  # PyTorch's rule errs where the last positions have no dimension
         layout = Layout(shape, (*strides, *behind), offset)
         self.refs[op.result] = Ref(source.base, layout, source.wide)
+        return True
+
+    def flip(self, op: Op) -> bool:
+        """Reversed dimensions that only generated code reads: a view. False for other ops."""
+        if op.name != "aten.flip.default" or op.result.type.numel == 0 or op.result in self.ends:
+            return False
+        source = self.refs[op.inputs[0]]
+        readers = self.users[op.result]
+        converted = any(r.name == "aten._to_copy.default" for r in readers)  # see `narrow`
+        if converted and source.base.param is not None:
+            return False
+        if any(classify(r) is not Work.POINTWISE for r in readers):
+            return False
+        self.refs[op.result] = Ref(source.base, flipped(op, source.layout), source.wide)
         return True
 
     def begin_sum(self, product: Op) -> None:
