@@ -27,7 +27,13 @@ from transformers import PreTrainedModel  # noqa: E402
 
 import shoestring  # noqa: E402
 from benchmarks.steps.tables import markdown  # noqa: E402
-from benchmarks.workloads import WORKLOADS, Workload, build, require_known  # noqa: E402
+from benchmarks.workloads import (  # noqa: E402
+    WORKLOADS,
+    Workload,
+    autocast,
+    build,
+    require_known,
+)
 
 NOTHING = 1e-9  # of the norm of all gradients: less is rounding where the gradient is zero
 MOST = 2.0
@@ -96,7 +102,7 @@ def eager(workload: Workload, precision: Precision | None) -> tuple[float, Gradi
         batch = tuple(t.double() if t.is_floating_point() else t for t in batch)
         if isinstance(model, PreTrainedModel):
             model.set_experts_implementation("eager")  # grouped products are not made for it
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+    with autocast(precision == "bf16"):
         loss = workload.loss_fn(model, *batch)
     loss.backward()
     named = model.named_parameters()

@@ -6,8 +6,10 @@ Dropout is 0 throughout, so that every contender computes the same losses.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +37,20 @@ class Workload:
     def parameters(self) -> int:
         """Elements of all parameters; tied ones once."""
         return sum(p.numel() for p in self.model.parameters())
+
+
+@contextmanager
+def autocast(enabled: bool = True) -> Iterator[None]:
+    """PyTorch's bf16. Without bf16 products oneDNN's LSTM errs: then kernels of PyTorch's own."""
+    onednn: Any = torch.backends.mkldnn
+    before = onednn.enabled
+    if enabled and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        onednn.enabled = False
+    try:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            yield
+    finally:
+        onednn.enabled = before
 
 
 def _language_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

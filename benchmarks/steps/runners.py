@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 import shoestring
-from benchmarks.workloads import Workload
+from benchmarks.workloads import Workload, autocast
 from shoestring.runtime.executor import Executor, Timing
 from shoestring.runtime.memory import current_rss
 
@@ -102,7 +102,7 @@ class TorchRunner:
 
     def step(self) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+        with autocast(self.precision == "bf16"):
             loss = self.loss_fn(self.workload.model, *self.workload.batch)
         loss.backward()
         self.optimizer.step()

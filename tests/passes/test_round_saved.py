@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from benchmarks.workloads import autocast
 from torch import nn
 
 import shoestring
@@ -98,7 +99,7 @@ def test_gradients_of_recurrent_nets(kind: Callable[..., nn.Module]) -> None:
     model = Recurrent(kind)
     x, y = torch.randn(5, 11, 24), torch.randint(7, (5, 11))
     exact = gradients(copy.deepcopy(model).double(), (x.double(), y))
-    with torch.autocast("cpu", BF16):
+    with autocast():
         eager = gradients(copy.deepcopy(model), (x, y))
     own = copy.deepcopy(model)
     before = [p.detach().clone() for p in own.parameters()]
