@@ -180,20 +180,24 @@ class _Rewriter:
         terms: list[Value] = []
         for v in op.inputs:
             maker = self.function.producer(v)
-            alone = self.users[v] == [op] and v not in self.results
-            inner = maker is not None and alone and _is_sum(maker) and maker not in self.replaced
-            terms += maker.inputs if inner and maker is not None else [v]
+            if maker is None or not _is_sum(maker) or maker in self.replaced:
+                terms.append(v)
+            else:
+                terms += maker.inputs if self._is_read_once(v) else [v]
         return terms if len(terms) <= 3 else list(op.inputs)
 
     def _within_zeros(self, op: Op) -> tuple[int, bool | None]:
         """The dimension of a gradient of a slice that nobody else reads, and which half it is."""
-        if op.name != SLICE_BACKWARD or len(self.users[op.result]) != 1:
+        if op.name != SLICE_BACKWARD or not self._is_read_once(op.result):
             return 0, None
         type_ = op.result.type
-        if op.result in self.results or not type_.is_static:
+        if not type_.is_static:
             return 0, None
         dim = op.attr("dim") % type_.rank
         return dim, _which_half(op, type_.static_shape[dim])
+
+    def _is_read_once(self, v: Value) -> bool:
+        return len(self.users[v]) == 1 and v not in self.results
 
     def _half(self, v: Value, dim: int) -> _Half | None:
         op = self.function.producer(v)
