@@ -42,15 +42,17 @@ class Workload:
 @contextmanager
 def autocast(enabled: bool = True) -> Iterator[None]:
     """PyTorch's bf16. Without bf16 products oneDNN's LSTM errs: then kernels of PyTorch's own."""
+    replaced = enabled and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     onednn: Any = torch.backends.mkldnn
     before = onednn.enabled
-    if enabled and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if replaced:
         onednn.enabled = False
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             yield
     finally:
-        onednn.enabled = before
+        if replaced:
+            onednn.enabled = before
 
 
 def _language_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -81,11 +81,19 @@ class _Joined:
 
 
 @dataclass(frozen=True)
+class _Placed:
+    """What is the first or the second half along a dimension; the other one is zero."""
+
+    dim: int
+    second: bool
+    half: Value
+
+
+@dataclass(frozen=True)
 class _Half:
-    """One half of a value along a dimension, and whether its sign is changed."""
+    """One half of a value, and whether its sign is changed."""
 
     source: Value
-    dim: int
     second: bool
     negated: bool
     cut: Op
@@ -159,13 +167,12 @@ class _Rewriter:
         dims: set[int] = set()
         rest: list[Value] = []
         for v in self._terms(op):
-            maker = self.function.producer(v)
-            dim, second = self._within_zeros(maker) if maker is not None else (0, None)
-            if maker is None or second is None or second in placed:
+            found = self._within_zeros(v)
+            if found is None or found.second in placed:
                 rest.append(v)
                 continue
-            dims.add(dim)
-            placed[second] = maker.inputs[0]
+            dims.add(found.dim)
+            placed[found.second] = found.half
         if len(dims) != 1 or len(placed) != 2 or len(rest) > 1:
             return None
         return _Joined(dims.pop(), placed[False], placed[True], *rest)
@@ -186,15 +193,16 @@ class _Rewriter:
                 terms += maker.inputs if self._is_read_once(v) else [v]
         return terms if len(terms) <= 3 else list(op.inputs)
 
-    def _within_zeros(self, op: Op) -> tuple[int, bool | None]:
-        """The dimension of a gradient of a slice that nobody else reads, and which half it is."""
-        if op.name != SLICE_BACKWARD or not self._is_read_once(op.result):
-            return 0, None
-        type_ = op.result.type
-        if not type_.is_static:
-            return 0, None
-        dim = op.attr("dim") % type_.rank
-        return dim, _which_half(op, type_.static_shape[dim])
+    def _within_zeros(self, v: Value) -> _Placed | None:
+        """What a gradient of a slice puts into one half, where nobody else reads it."""
+        op = self.function.producer(v)
+        if op is None or op.name != SLICE_BACKWARD or not self._is_read_once(v):
+            return None
+        if not v.type.is_static:
+            return None
+        dim = op.attr("dim") % v.type.rank
+        second = _which_half(op, v.type.static_shape[dim])
+        return None if second is None else _Placed(dim, second, op.inputs[0])
 
     def _is_read_once(self, v: Value) -> bool:
         return len(self.users[v]) == 1 and v not in self.results
@@ -210,7 +218,7 @@ class _Rewriter:
         if op.attr("dim") % source.type.rank != dim:
             return None
         second = _which_half(op, source.type.static_shape[dim])
-        return None if second is None else _Half(source, dim, second, negated, op)
+        return None if second is None else _Half(source, second, negated, op)
 
     # -- replacing -----------------------------------------------------------------------------
 
