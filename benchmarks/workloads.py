@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+
+from shoestring.frontend.library import plain_recurrence
 
 LossFn = Callable[..., torch.Tensor]
 
@@ -43,16 +44,9 @@ class Workload:
 def autocast(enabled: bool = True) -> Iterator[None]:
     """PyTorch's bf16. Without bf16 products oneDNN's LSTM errs: then kernels of PyTorch's own."""
     replaced = enabled and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    onednn: Any = torch.backends.mkldnn
-    before = onednn.enabled
-    if replaced:
-        onednn.enabled = False
-    try:
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            yield
-    finally:
-        if replaced:
-            onednn.enabled = before
+    recurrence = plain_recurrence() if replaced else nullcontext()
+    with recurrence, torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        yield
 
 
 def _language_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

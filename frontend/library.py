@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 def traceable_library() -> Iterator[None]:
     """Puts the forms below in the place of PyTorch's."""
     with ExitStack() as stack:
-        stack.enter_context(_plain_recurrence())
+        stack.enter_context(plain_recurrence())
         for owner, name, make in (
             (_BatchNorm, "forward", _batch_norm),
             (transformer, "_detect_is_causal_mask", _detect_is_causal_mask),
@@ -32,7 +32,7 @@ def traceable_library() -> Iterator[None]:
 
 
 @contextmanager
-def _plain_recurrence() -> Iterator[None]:
+def plain_recurrence() -> Iterator[None]:
     """An LSTM becomes matrix products and pointwise ops, not one op of a vendor's library."""
     before = torch._C._get_mkldnn_enabled()  # pyright: ignore[reportPrivateUsage]
     torch._C._set_mkldnn_enabled(False)  # pyright: ignore[reportPrivateUsage]
