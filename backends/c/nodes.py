@@ -353,6 +353,8 @@ class WorkList:
         source, readers = self.refs[op.inputs[0]], self.users[op.result]
         if source.base.param is None or source.dtype is not torch.float32:
             return False
+        if any(stride < 0 for stride in source.layout.strides):
+            return False  # no packing reads backwards
         if op.result in self.ends or any(r in self.refused for r in readers):
             return False
         times = [packing.weights_read(r, op.result) for r in readers]
@@ -395,9 +397,6 @@ class WorkList:
             return False
         source = self.refs[op.inputs[0]]
         readers = self.users[op.result]
-        converted = any(r.name == "aten._to_copy.default" for r in readers)  # see `narrow`
-        if converted and source.base.param is not None:
-            return False
         if any(classify(r) is not Work.POINTWISE for r in readers):
             return False
         self.refs[op.result] = Ref(source.base, flipped(op, source.layout), source.wide)

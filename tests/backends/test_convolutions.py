@@ -248,6 +248,24 @@ def test_weights_that_others_read_are_rounded_before() -> None:
     assert torch.equal(y, alone)
 
 
+def test_weights_that_are_read_backwards_are_rounded_before() -> None:
+    case = Case(2, 5, 7, (9, 9), (3, 3), padding=(1, 1), dtype=torch.bfloat16)
+    x, w, _, _ = case.inputs()
+    backwards: list[Callable[[Tensor], Tensor]] = [
+        lambda w: w.flip(2, 3),
+        lambda w: w.flip(0).transpose(2, 3),
+        lambda w: w[:, :, torch.arange(2, -1, -1)],
+    ]
+    for turn in backwards:
+
+        def f(x: Tensor, w: Tensor) -> Tensor:
+            return aten.convolution(x, turn(w).bfloat16(), None, *case.call())  # noqa: B023
+
+        executable = CBackend().compile(traced(f, [x, w.float()]))
+        assert library_calls(executable) == 0
+        assert not difference(executable.run([x, w.float()])[0], f(x, w.float()), 2e-2, 2e-2)
+
+
 @pytest.mark.parametrize("isa", ["native", "avx512", "avx2", "generic", "emulated-amx"])
 def test_scratch_is_what_is_planned(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if isa == "avx512" and "avx512f" not in cpu_identity().split():

@@ -353,6 +353,51 @@ func @f {
     assert executable.program.plan.peak_bytes < 3 * half, "the sum and scratch"
 
 
+def test_an_update_is_in_the_kernel_of_the_product_that_makes_its_gradient() -> None:
+    """What decays a weight stands behind the weight's last reader, but could be computed before."""
+    function = parse("""
+func @f {
+  batch %a: f32[4096,16] "#batch.0"
+  batch %b: f32[16,128] "#batch.1"
+  parameter %w: f32[64,128] "w"
+  %x: f32[4096,128] = aten.mm.default(%a, %b)
+  %turned: f32[128,64] = aten.permute.default(%w) {dims=[1,0]}
+  %g: f32[4096,64] = aten.mm.default(%x, %turned)
+  %t: f32[64,4096] = aten.permute.default(%g) {dims=[1,0]}
+  %grad: f32[64,128] = aten.mm.default(%t, %x)
+  %back: f32[4096,128] = aten.mm.default(%g, %w)
+  %decayed: f32[64,128] = aten.mul.Tensor(%w, 0.9)
+  %new: f32[64,128] = aten.sub.Tensor(%decayed, %grad)
+  return new=%new, back=%back
+}
+""")
+    given = [torch.randn(4096, 16) / 64, torch.randn(16, 128) / 4, torch.randn(64, 128) / 8]
+    executable = compare(function, given, rtol=1e-4, atol=1e-4)
+    *products, updating = sorted(
+        (ops for k in executable.kernels for ops in [k.ops] * k.calls), key=len
+    )
+    assert products == [("aten.mm.default",)] * 3
+    assert updating == ("aten.mm.default", "aten.mul.Tensor", "aten.sub.Tensor")
+
+
+@pytest.mark.parametrize(
+    ("reads", "writes", "order"), [(2, 1, ["37", "5", "48"]), (1, 2, ["5", "37", "48"])]
+)
+def test_loops_follow_what_most_accesses_walk(reads: int, writes: int, order: list[str]) -> None:
+    """Reads in one order beside writes in another; rows of 48 are neighbours in both."""
+    b = Builder("turned")
+    x, *others = [batch(b, "f32[37,5,48]", f"x{i}") for i in range(reads)]
+    for other in others:
+        x = b.emit("aten.add.Tensor", x, other)
+    x = b.emit("aten.permute.default", x, dims=(1, 0, 2))
+    for i in range(writes):
+        x = b.emit("aten.mul.Tensor", x, 2.0)
+        b.output(f"y{i}", x)
+    executable = compare(b.build(), [torch.randn(37, 5, 48) for _ in range(reads)])
+    assert len(executable.kernels) == 1
+    assert re.findall(r"for \(.*? < (\d+);", executable.source) == order
+
+
 def test_a_cast_to_a_half_is_rounded_once() -> None:
     f = parse("""
 func @f {
