@@ -24,6 +24,7 @@ from .common_subexpressions import CommonSubexpressions
 from .dead_code import DeadCode
 from .decompose import Decompose
 from .fold_constants import FoldConstants
+from .fuse_attention import FuseAttention
 from .fuse_update import FuseUpdate
 from .group_heads import GroupHeads
 from .lower_precision import LowerPrecision
@@ -45,6 +46,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     SimplifyAlgebra,
     SwapHalves,
     CommonSubexpressions,
+    FuseAttention,
     GroupHeads,
     PropagateSlices,
     CausalAttention,
@@ -86,6 +88,7 @@ def default_pipeline(keep: frozenset[str] | None = None, precision: str = "fp32"
         SimplifyAlgebra(),
         SwapHalves(),
         CommonSubexpressions(),
+        *([FuseAttention()] if keep is None else []),  # other backends need not know these ops
         GroupHeads(),
         PropagateSlices(),
         CausalAttention(),  # slices go through attention with a mask, not through a causal one

@@ -60,6 +60,28 @@ typedef struct {
 } ss_clip;
 #define SS_ALL ((ss_clip){INT64_MAX / 2, INT64_MAX / 2, -INT64_MAX / 2})
 
+#define SS_BLOCKS 16 /* blocks of random words at a time */
+/* Words 4 i.. of a draw, as ss_philox gives them one by one: four of each of SS_BLOCKS blocks. */
+static void ss_words(const int64_t *key, uint32_t site, int64_t block, uint32_t *words) {
+    uint32_t c[4][SS_BLOCKS], k0 = (uint32_t)key[0], k1 = (uint32_t)(key[0] >> 32);
+    for (int l = 0; l < SS_BLOCKS; l++) {
+        c[0][l] = (uint32_t)(block + l);
+        c[1][l] = site;
+        c[2][l] = (uint32_t)key[1];
+        c[3][l] = (uint32_t)(key[1] >> 32);
+    }
+    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+        for (int l = 0; l < SS_BLOCKS; l++) {
+            const uint64_t a = (uint64_t)0xD2511F53u * c[0][l], b = (uint64_t)0xCD9E8D57u * c[2][l];
+            c[0][l] = (uint32_t)(b >> 32) ^ c[1][l] ^ k0;
+            c[1][l] = (uint32_t)b;
+            c[2][l] = (uint32_t)(a >> 32) ^ c[3][l] ^ k1;
+            c[3][l] = (uint32_t)a;
+        }
+    for (int l = 0; l < SS_BLOCKS; l++)
+        for (int i = 0; i < 4; i++) words[4 * l + i] = c[i][l];
+}
+
 /* The first (or behind the last) of `count` items of thread t of n. */
 SS_INLINE int64_t ss_share(int64_t count, int t, int n) { return count * t / n; }
 

@@ -16,6 +16,10 @@ typedef struct {
     int causal;    /* query t sees keys 0..t */
     int kind;      /* ss_element of everything but the mask and the log-sum-exp */
     int mask_kind; /* of the mask; -1: none */
+    int drops;     /* whether weights are dropped: all but those whose draw is less than the limit */
+    int32_t limit; /* of 2^24 */
+    uint32_t site; /* the number of the draw in the program */
+    double keep;   /* what kept weights are divided by */
     ss_strides q, k, v, out, mask, lse, grad, dq, dk, dv;
     int64_t scratch; /* bytes of one thread */
 } ss_attention;
@@ -27,7 +31,8 @@ typedef struct {
 #define SS_BACKWARD_QUERIES 64
 #define SS_BACKWARD_KEYS 128
 
-/* b: q, k, v, mask if there is one, out, lse. At most `threads` threads take part. */
+/* b: q, k, v, mask if there is one, key of random numbers if weights are dropped, out, lse. At most
+ * `threads` threads take part. */
 void ss_attention_forward(const ss_attention *s, void *const *b, void *scratch, int64_t threads);
-/* b: grad, q, k, v, out, lse, mask if there is one, dq, dk, dv. */
+/* b: grad, q, k, v, out, lse, mask and key as above, dq, dk, dv. */
 void ss_attention_backward(const ss_attention *s, void *const *b, void *scratch, int64_t threads);

@@ -21,14 +21,16 @@ from .nodes import Node, NodeOperand, Ref
 
 FORWARD = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 BACKWARD = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
-FORWARD_OPERANDS = ("q", "k", "v", "mask")
-BACKWARD_OPERANDS = ("grad", "q", "k", "v", "out", "lse", "mask")
+DROPOUT, DROPOUT_BACKWARD = "attention.dropout.default", "attention.dropout_backward.default"
+FORWARD_OPERANDS = ("q", "k", "v", "mask", "key")
+BACKWARD_OPERANDS = ("grad", "q", "k", "v", "out", "lse", "mask", "key")
 HEADER = Path(__file__).with_name("attention.h")
 
 KINDS = {
     torch.float32: "SS_ELEM_F32", torch.bfloat16: "SS_ELEM_BF16", torch.float16: "SS_ELEM_F16",
     torch.float64: "SS_ELEM_F64",
 }  # fmt: skip
+UNLIKE = frozenset({"lse", "mask", "key"})  # of another type than the others
 PARALLEL_WORK = 1 << 19  # multiplications below which a second thread costs more than it saves
 
 HEADS_INSIDE = (0, 2, 1, 3)  # stored as [B, T, H, D]: the permutation after attention is free
@@ -37,12 +39,18 @@ ROW_MAJOR = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Case:
-    """One call: its operands by name, and sizes."""
+    """One call: its operands by name, and sizes.
+
+    Where there is a `key` of random numbers, weights whose number is not less than `keep` are
+    dropped; `site` is the draw's.
+    """
 
     backward: bool
     refs: dict[str, Ref]
     causal: bool
     scale: float
+    keep: float = 1.0
+    site: int = 0
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
@@ -56,14 +64,16 @@ class Case:
 
 
 def _case(op: Op, operands: tuple[NodeOperand, ...]) -> Case | str | None:
-    if op.name not in (FORWARD, BACKWARD):
+    if op.name not in (FORWARD, BACKWARD, DROPOUT, DROPOUT_BACKWARD):
         return None
-    names = BACKWARD_OPERANDS if op.name == BACKWARD else FORWARD_OPERANDS
-    refs = {n: o for n, o in zip(names, operands, strict=True) if isinstance(o, Ref)}
+    backward = op.name in (BACKWARD, DROPOUT_BACKWARD)
+    names = BACKWARD_OPERANDS if backward else FORWARD_OPERANDS
+    refs = {n: o for n, o in zip(names, operands, strict=False) if isinstance(o, Ref)}
     scale = op.attrs.get("scale")
     width = refs["q"].shape[-1]
     factor = float(scale) if scale is not None else 1 / math.sqrt(max(width, 1))
-    case = Case(op.name == BACKWARD, refs, bool(op.attrs.get("is_causal", False)), factor)
+    keep, site = float(op.attrs.get("keep", 1.0)), int(op.attrs.get("site", 0))
+    case = Case(backward, refs, bool(op.attrs.get("is_causal", False)), factor, keep, site)
     return _refusal(op, case) or case
 
 
@@ -77,10 +87,12 @@ def _refusal(op: Op, case: Case) -> str:
         return f"a scale of {case.scale}"
     if case.dtype not in KINDS:
         return f"elements of {DTYPE_NAMES.get(case.dtype, case.dtype)}"
-    if any(r.dtype is not case.dtype for n, r in case.refs.items() if n not in ("lse", "mask")):
+    if any(r.dtype is not case.dtype for n, r in case.refs.items() if n not in UNLIKE):
         return "operands of several types"
     if mask is not None and (mask.dtype not in KINDS or len(mask.shape) not in (2, 4)):
         return f"a mask of {DTYPE_NAMES.get(mask.dtype, mask.dtype)}{list(mask.shape)}"
+    if "key" in case.refs and (case.refs["key"].layout.strides != (1,) or not case.keep > 0):
+        return "random numbers whose key lies apart, or nothing to keep"
     if not batch * heads * groups * width:
         return "no elements"
     if heads % groups or case.refs["v"].shape != (batch, groups, keys, width):
@@ -116,8 +128,11 @@ def claim(node: Node) -> Claim | str | None:
 
 def _comment(node: Node, case: Case) -> str:
     shape = ",".join(map(str, case.refs["q"].shape))
-    what = "gradients of softmax(scale q k^T + mask) v" if case.backward else (
-        "softmax(scale q k^T + mask) v and the log-sum-exp of each row"
+    weights = "softmax(scale q k^T + mask)"
+    if "key" in case.refs:
+        weights = f"dropout({weights})"
+    what = f"gradients of {weights} v" if case.backward else (
+        f"{weights} v and the log-sum-exp of each row"
     )  # fmt: skip
     value = node.op.results[0].name
     place = f", {node.loc.module}" if node.loc.module else ""
@@ -128,13 +143,15 @@ def _body(case: Case, named: dict[str, Ref], slots: int, scratch: int) -> str:
     batch, heads, groups, queries, keys, width = case.sizes
     mask = named.get("mask")
     mask_kind = KINDS[mask.dtype] if mask is not None else "-1"
+    strided = [(n, r) for n, r in named.items() if n != "key"]
     lines = [
         "static const ss_attention s = {",
         f"    .batch = {batch}, .heads = {heads}, .kv_heads = {groups},",
         f"    .queries = {queries}, .keys = {keys}, .depth = {width},",
         f"    .scale = {case.scale!r}, .causal = {int(case.causal)},",
         f"    .kind = {KINDS[case.dtype]}, .mask_kind = {mask_kind},",
-        *(f"    .{n} = {{{', '.join(map(str, _strides(n, r, case)))}}}," for n, r in named.items()),
+        *_dropping(case),
+        *(f"    .{n} = {{{', '.join(map(str, _strides(n, r)))}}}," for n, r in strided),
         f"    .scratch = {scratch},",
         "};",
     ]
@@ -143,7 +160,16 @@ def _body(case: Case, named: dict[str, Ref], slots: int, scratch: int) -> str:
     return "\n".join("    " + x for x in lines)
 
 
-def _strides(name: str, ref: Ref, case: Case) -> tuple[int, ...]:
+def _dropping(case: Case) -> list[str]:
+    """Which weights are kept: those whose 24 bits are less than a number."""
+    if "key" not in case.refs:
+        return []
+    keep = torch.tensor(case.keep, dtype=torch.float32).item()  # as random numbers are compared
+    limit, site = math.ceil(min(keep, 1.0) * 2**24), case.site & 0xFFFFFFFF
+    return [f"    .drops = 1, .limit = {limit}, .site = {site}u, .keep = {case.keep!r},"]
+
+
+def _strides(name: str, ref: Ref) -> tuple[int, ...]:
     """Of the four dimensions of the kernel; a mask is broadcast."""
     if name != "mask":
         return ref.layout.strides

@@ -266,15 +266,30 @@ SS_INLINE void NAME(fill)(REAL *row, int64_t n, int64_t full, REAL with) {
         NAME(store)(row + j, VFILL(NAME(load)(row + j), n - j, with));
 }
 
+/* What the weights of keys k0.. are multiplied by: `factor` for those that are kept, else 0. */
+static void NAME(draw)(
+    const ss_attention *s, const int64_t *key, int64_t batch, int64_t head, int64_t query,
+    int64_t k0, int64_t n, REAL factor, REAL *row) {
+    const int64_t first = ((batch * s->heads + head) * s->queries + query) * s->keys + k0;
+    const int64_t block = first >> 2, end = (first + n + 3) >> 2;
+    uint32_t words[SS_FORWARD_KEYS + 4 * SS_BLOCKS];
+    for (int64_t b = block; b < end; b += SS_BLOCKS)
+        ss_words(key, s->site, b, words + 4 * (b - block));
+    const uint32_t *word = words + (first & 3);
+    for (int64_t j = 0; j < n; j++) row[j] = (int32_t)(word[j] >> 8) < s->limit ? factor : 0;
+}
+
 /* -- forward ----------------------------------------------------------------------------------- */
 
 /* What a row knows of the scores so far. */
 typedef struct { REAL largest, total; } NAME(row);
 
 /* Scores row[0..n) to weights in units, zeros up to width; the factor for what was summed before.
+ * `kept` is what weights are multiplied by, or null; the total is of all.
  * The total is that of the weights as they are multiplied: it divides what they give, so that they
  * sum to one after rounding too and keep what all values have in common. */
-SS_INLINE REAL NAME(weigh)(REAL *row, int64_t n, int64_t width, REAL c, NAME(row) *known) {
+SS_INLINE REAL NAME(weigh)(
+    REAL *row, const REAL *kept, int64_t n, int64_t width, REAL c, NAME(row) *known) {
     const int64_t full = ss_up(n, KU * LANES);
     NAME(fill)(row, n, full, -INFINITY);
     VEC top = VSET((REAL)-INFINITY);
@@ -287,8 +302,12 @@ SS_INLINE REAL NAME(weigh)(REAL *row, int64_t n, int64_t width, REAL c, NAME(row
         VEC p[KU];
         _Pragma("GCC unroll 2") for (int l = 0; l < KU; l++)
             p[l] = VEXP2(VFMA(NAME(load)(row + j + l * LANES), VSET(c), VSET(-from)));
-        const UVEC u = VUNITS(p);
+        UVEC u = VUNITS(p);
         total = VSTEP(total, ONES, u);
+        if (kept) {
+            for (int l = 0; l < KU; l++) p[l] *= NAME(load)(kept + j + l * LANES);
+            u = VUNITS(p);
+        }
         memcpy((UNIT *)row + j / KU, &u, sizeof u);
     }
     memset((UNIT *)row + full / KU, 0, (width - full) / KU * sizeof(UNIT));
@@ -312,7 +331,8 @@ static void NAME(forward_block)(
     const int64_t n = ss_least(SS_FORWARD_QUERIES, s->queries - t0), m = ss_up(n, SS_LOW);
     const int64_t width = ss_up(s->depth, 16), ld = SS_FORWARD_KEYS;
     const int64_t end = s->causal ? ss_least(s->keys, t0 + n) : s->keys;
-    const REAL c = s->mask_kind < 0 ? (REAL)(s->scale * SS_LOG2E) : 1;
+    const int has_mask = s->mask_kind >= 0;
+    const REAL c = has_mask ? 1 : (REAL)(s->scale * SS_LOG2E);
     NAME(pack)(b[0], batch * s->q.b + head * s->q.h + t0 * s->q.t, s->q, s->kind, n, s->depth,
                width, w->q);
     for (int64_t i = 0; i < n; i++) w->rows[i] = (NAME(row)){-INFINITY, 0};
@@ -326,10 +346,17 @@ static void NAME(forward_block)(
         for (int64_t i = 0; i < n; i++) {
             REAL *row = w->scores + i * ld;
             const int64_t seen = NAME(seen)(s, t0 + i, k0, some);
-            if (s->mask_kind >= 0)
+            if (has_mask)
                 NAME(add_mask)(s, b[3], batch * s->mask.b + head * s->mask.h +
                                (t0 + i) * s->mask.t + k0 * s->mask.d, seen, row);
-            const REAL factor = NAME(weigh)(row, seen, wide, c, &w->rows[i]);
+            REAL kept[SS_FORWARD_KEYS], factor;
+            if (s->drops) {
+                NAME(draw)(s, b[3 + has_mask], batch, head, t0 + i, k0, ss_up(seen, KU * LANES), 1,
+                           kept);
+                factor = NAME(weigh)(row, kept, seen, wide, c, &w->rows[i]);
+            } else {
+                factor = NAME(weigh)(row, 0, seen, wide, c, &w->rows[i]);
+            }
             if (factor != 1)
                 for (int64_t d = 0; d < width; d++) w->out[i * width + d] *= factor;
         }
@@ -337,13 +364,14 @@ static void NAME(forward_block)(
                       width, SS_PANEL, w->out, width, 1,
                       (ss_clip){INT64_MAX / 4, ahead, -INT64_MAX / 4});
     }
-    void *out = b[s->mask_kind < 0 ? 3 : 4], *lse = b[s->mask_kind < 0 ? 4 : 5];
+    void *const *to = b + 3 + has_mask + s->drops;
+    const REAL keep = s->drops ? (REAL)s->keep : 1;
     for (int64_t i = 0; i < n; i++) {
         const REAL total = w->rows[i].total, t = t0 + i;
-        NAME(unpack_row)(w->out + i * width, total == 0 ? 0 : 1 / total, out,
+        NAME(unpack_row)(w->out + i * width, total == 0 ? 0 : 1 / (total * keep), to[0],
                          batch * s->out.b + head * s->out.h + (t0 + i) * s->out.t, s->out.d,
                          s->kind, s->depth);
-        ((REAL *)lse)[batch * s->lse.b + head * s->lse.h + (t0 + i) * s->lse.t] =
+        ((REAL *)to[1])[batch * s->lse.b + head * s->lse.h + (t0 + i) * s->lse.t] =
             total == 0 ? 0 : w->rows[i].largest * (REAL)SS_LN2 + RLOG(total);
     }
 }
@@ -406,11 +434,18 @@ typedef struct {
     REAL *scores, *grad_scores, *dq, *dk, *dv, *lse, *delta;
 } NAME(backward_scratch);
 
-/* Weights from scores, and their gradients from products. */
+/* Weights from scores, and gradients of scores from products; `kept` as above. */
 SS_INLINE void NAME(differentiate)(
-    const REAL *row, const REAL *grad, REAL c, REAL lse, REAL delta, VEC *p, VEC *d) {
-    *p = VEXP2(VFMA(NAME(load)(row), VSET(c), VSET(-lse)));
-    *d = *p * (NAME(load)(grad) - VSET(delta));
+    const REAL *row, const REAL *grad, const REAL *kept, REAL c, REAL lse, REAL delta, VEC *p,
+    VEC *d) {
+    const VEC x = VEXP2(VFMA(NAME(load)(row), VSET(c), VSET(-lse)));
+    if (kept) {
+        *p = x * NAME(load)(kept);
+        *d = x * (NAME(load)(grad) * NAME(load)(kept) - VSET(delta));
+    } else {
+        *p = x;
+        *d = x * (NAME(load)(grad) - VSET(delta));
+    }
 }
 
 /* The sum over d of x[d] y[d]. */
@@ -440,7 +475,8 @@ static REAL NAME(dot)(
 
 /* The same of whole rows, of which `seen` keys count; as products take them. Rows of pairs are two. */
 SS_INLINE void NAME(differentiate_rows)(
-    NAME(backward_scratch) *w, int64_t i, const int64_t seen[KU], int64_t width, REAL c) {
+    NAME(backward_scratch) *w, int64_t i, const int64_t seen[KU], const REAL *kept, int64_t width,
+    REAL c) {
     const int64_t ld = SS_BACKWARD_KEYS, full = ss_up(ss_most(seen[0], seen[KU - 1]), KU * LANES);
     REAL *row = w->scores + i * ld, *grad = w->grad_scores + i * ld;
     for (int r = 0; r < KU; r++) {
@@ -455,7 +491,8 @@ SS_INLINE void NAME(differentiate_rows)(
             VEC x[2], y[2];
             _Pragma("GCC unroll 2") for (int l = 0; l < 2; l++) {
                 const int64_t at = r * ld + j + l * LANES;
-                NAME(differentiate)(row + at, grad + at, c, w->lse[i + r], w->delta[i + r], x + l, y + l);
+                NAME(differentiate)(row + at, grad + at, kept ? kept + at : 0, c, w->lse[i + r],
+                                    w->delta[i + r], x + l, y + l);
             }
             p[r] = VUNITS(x);
             d[r] = VUNITS(y);
@@ -473,7 +510,8 @@ SS_INLINE void NAME(differentiate_rows)(
 #else
     for (int64_t j = 0; j < full; j += LANES) {
         VEC p, d;
-        NAME(differentiate)(row + j, grad + j, c, w->lse[i], w->delta[i], &p, &d);
+        NAME(differentiate)(row + j, grad + j, kept ? kept + j : 0, c, w->lse[i], w->delta[i], &p,
+                            &d);
         NAME(store)(row + j, p);
         NAME(store)(grad + j, d);
     }
@@ -542,13 +580,22 @@ static void NAME(backward_block)(
                       units * SS_PANEL, w->grad_scores, ld, 0, upper);
         for (int64_t i = 0; i < m; i += KU) {
             int64_t seen[KU];
+            REAL kept[KU * SS_BACKWARD_KEYS];
             for (int64_t r = 0, q = i; r < KU; r++, q++) {
                 seen[r] = q < n ? NAME(seen)(s, t0 + q, k0, some) : 0;
                 if (has_mask && seen[r])
                     NAME(add_mask)(s, b[6], batch * s->mask.b + head * s->mask.h +
                                    (t0 + q) * s->mask.t + k0 * s->mask.d, seen[r], w->scores + q * ld);
             }
-            NAME(differentiate_rows)(w, i, seen, wide, c);
+            if (s->drops) {
+                const int64_t full = ss_up(ss_most(seen[0], seen[KU - 1]), KU * LANES);
+                for (int r = 0; r < KU; r++)
+                    NAME(draw)(s, b[6 + has_mask], batch, head, t0 + i + r, k0, full,
+                               (REAL)(1 / s->keep), kept + r * ld);
+                NAME(differentiate_rows)(w, i, seen, kept, wide, c);
+            } else {
+                NAME(differentiate_rows)(w, i, seen, 0, wide, c);
+            }
         }
         const int64_t rows = ss_up(some, 4);
         const ss_clip lower = {INT64_MAX / 4, INT64_MAX / 4, -ahead};
@@ -557,7 +604,7 @@ static void NAME(backward_block)(
         NAME(product)(m, width, wide / KU, w->grads, ld, 1, w->key_rows + k0 * units, width,
                       SS_PANEL, w->dq, width, 1, (ss_clip){INT64_MAX / 4, ahead, -INT64_MAX / 4});
     }
-    void *dq = b[6 + has_mask];
+    void *dq = b[6 + has_mask + s->drops];
     for (int64_t i = 0; i < n; i++)
         NAME(unpack_row)(w->dq + i * width, (REAL)s->scale, dq,
                          batch * s->dq.b + head * s->dq.h + (t0 + i) * s->dq.t, s->dq.d, s->kind,
@@ -585,7 +632,7 @@ static void NAME(backward_head)(
     for (int64_t h = head * group; h < (head + 1) * group; h++)
         for (int64_t t = 0; t < s->queries; t += SS_BACKWARD_QUERIES)
             NAME(backward_block)(s, b, w, batch, h, t);
-    const int first = s->mask_kind < 0 ? 7 : 8;
+    const int first = 7 + (s->mask_kind >= 0) + s->drops;
     for (int64_t k = 0; k < s->keys; k++) {
         NAME(unpack_row)(w->dk + k * width, (REAL)s->scale, b[first],
                          batch * s->dk.b + head * s->dk.h + k * s->dk.t, s->dk.d, s->kind,

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from ..opdef import OpDef
-from . import contractions, indexing, linalg, networks, pointwise, random, reductions, views
+from . import (
+    attention,
+    contractions,
+    indexing,
+    linalg,
+    networks,
+    pointwise,
+    random,
+    reductions,
+    views,
+)
 from .aten import find_overload, from_schema, overload_name, split_arguments
 
-FAMILIES = (pointwise, reductions, contractions, views, indexing, networks, linalg, random)
+FAMILIES = (
+    pointwise, reductions, contractions, attention, views, indexing, networks, linalg, random,
+)  # fmt: skip
 REGISTRY: dict[str, OpDef] = {op.name: op for family in FAMILIES for op in family.OPS}
 
 

@@ -1,0 +1,116 @@
+"""Attention that drops weights: what PyTorch writes as products, a softmax and a dropout.
+
+B: batch, H: heads of queries, T: queries, S: keys, D: size of a head; heads of keys and values
+divide H. Weight i, of [B,H,T,S] in row-major order, is kept where `rng.uniform` of the same key and site draws less than `keep` for element i.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..function import Op
+from ..opdef import Kind, OpDef
+from ..types import TensorType
+from .aten import replicate
+from .contractions import attention_cost
+from .random import UNIFORM
+
+FORWARD_OPERANDS = ("query", "key", "value", "attn_mask", "rng")
+BACKWARD_OPERANDS = (
+    "grad_out", "query", "key", "value", "out", "logsumexp", "attn_mask", "rng",
+)  # fmt: skip
+DEFAULTS = {"keep": 1.0, "site": 0, "is_causal": False, "scale": None}
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _shared(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values, each head as often as heads of queries share it."""
+    return _wide(x).repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def _added(gradient: Tensor, x: Tensor) -> Tensor:
+    """Gradients of heads that were shared, added up."""
+    batch, heads, length, size = x.shape
+    return gradient.reshape(batch, heads, -1, length, size).sum(2).to(x.dtype)
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    scores = _wide(q) @ _shared(k, q).transpose(-1, -2) * scale
+    if mask is not None:
+        scores = scores + mask
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
+    return scores
+
+
+def _factors(scores: Tensor, rng: Tensor, keep: float, site: int) -> Tensor:
+    """What weights are multiplied by: 0, or 1 / keep."""
+    drawn: Tensor = UNIFORM.reference(
+        rng, site=site, shape=tuple(scores.shape), dtype=torch.float32
+    )
+    kept: Tensor = (drawn < keep).to(scores.dtype) / keep
+    return kept
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rng: Tensor, *,
+    keep: float, site: int, is_causal: bool = False, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    scores = _scores(q, k, mask, is_causal, _scale(q, scale))
+    lse = scores.logsumexp(-1)
+    lse = torch.where(lse == -math.inf, 0.0, lse)  # a query that sees nothing
+    weights = (scores - lse.unsqueeze(-1)).exp() * _factors(scores, rng, keep, site)
+    return (weights @ _shared(v, q)).to(q.dtype), lse
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    mask: Tensor | None, rng: Tensor, *,
+    keep: float, site: int, is_causal: bool = False, scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    factor, wide = _scale(q, scale), _wide(grad)
+    scores = _scores(q, k, mask, is_causal, factor)
+    weights = (scores - lse.unsqueeze(-1)).exp()
+    kept = _factors(scores, rng, keep, site)
+    row = (wide * _wide(out)).sum(-1, keepdim=True)
+    of_weights = wide @ _shared(v, q).transpose(-1, -2) * kept
+    inner = weights * (of_weights - row) * factor
+    grad_q = inner @ _shared(k, q)
+    grad_k = inner.transpose(-1, -2) @ _wide(q)
+    grad_v = (weights * kept).transpose(-1, -2) @ wide
+    return grad_q.to(q.dtype), _added(grad_k, k), _added(grad_v, v)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
+
+
+def _infer_forward(op: Op) -> tuple[TensorType, ...]:
+    q = op.inputs[0].type
+    sums = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
+    return q, TensorType(sums, q.shape[:-1])
+
+
+def _infer_backward(op: Op) -> tuple[TensorType, ...]:
+    return tuple(v.type for v in op.inputs[1:4])
+
+
+FORWARD = OpDef(
+    "attention.dropout.default", Kind.CONTRACTION, _forward, FORWARD_OPERANDS, DEFAULTS,
+    _infer_forward, attention_cost(2), replicate,
+    doc="dropout(softmax(scale q k^T + mask)) v, and the log-sum-exp of each row.",
+)  # fmt: skip
+BACKWARD = OpDef(
+    "attention.dropout_backward.default", Kind.CONTRACTION, _backward, BACKWARD_OPERANDS, DEFAULTS,
+    _infer_backward, attention_cost(5), replicate,
+    doc="Gradients of it for queries, keys and values.",
+)  # fmt: skip
+
+OPS = (FORWARD, BACKWARD)
