@@ -25,6 +25,7 @@
 typedef float ss_vf __attribute__((vector_size(4 * SS_LANES)));
 typedef int32_t ss_vi __attribute__((vector_size(4 * SS_LANES)));
 typedef uint32_t ss_vu __attribute__((vector_size(4 * SS_LANES)));
+typedef uint64_t ss_vq __attribute__((vector_size(4 * SS_LANES)));
 typedef uint16_t ss_vh __attribute__((vector_size(2 * SS_LANES)));
 
 SS_INLINE ss_vf ss_vset(float x) { return x - (ss_vf){0}; }
@@ -43,6 +44,19 @@ SS_INLINE ss_vf ss_vfma(ss_vf a, ss_vf b, ss_vf c) {
     return (ss_vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return a * b + c;
+#endif
+}
+
+/* The product of the low halves of each lane; what their high halves are does not matter. */
+SS_INLINE ss_vq ss_vmul_low(ss_vq a, ss_vq b) {
+#if SS_LANES == 16
+    return (ss_vq)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif SS_LANES == 8
+    return (ss_vq)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return (ss_vq)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+    return (a & 0xffffffffu) * (b & 0xffffffffu);
 #endif
 }
 
