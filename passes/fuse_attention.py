@@ -69,9 +69,9 @@ class FuseAttention(Pass):
           batch %v: f32[6,7,4] "v"
           %q.1: f32[6,1,5,4] = aten.view.default(%q) {size=[6, 1, 5, 4]}
           %k.1: f32[6,7,4] = aten.permute.default(%k) {dims=[0, 2, 1]}
-          %k.2: f32[6,1,7,4] = aten.view.default(%k.1) {size=[6, 1, 7, 4]}
+          %k.1.1: f32[6,1,7,4] = aten.view.default(%k.1) {size=[6, 1, 7, 4]}
           %v.1: f32[6,1,7,4] = aten.view.default(%v) {size=[6, 1, 7, 4]}
-          %o.1: f32[6,1,5,4], %o.2: f32[6,1,5] = aten._scaled_dot_product_flash_attention_for_cpu.default(%q.1, %k.1, %v.1, _) {scale=0.5}
+          %o.1: f32[6,1,5,4], %o.2: f32[6,1,5] = aten._scaled_dot_product_flash_attention_for_cpu.default(%q.1, %k.1.1, %v.1, _) {scale=0.5}
           %o: f32[6,5,4] = aten.view.default(%o.1) {size=[6, 5, 4]}
           return o=%o
         }
@@ -115,7 +115,8 @@ class _Side:
 
     Attributes:
         source: [N,length,D] or [B,H,length,D]; the last two the other way round where `turned`.
-        gradient: the value that is the gradient of `source`; None in a forward pass.
+        gradient: the value that is the gradient of `source`, or of a view of it; None in a
+            forward pass.
         turned: whether a column is what belongs to one query or key.
     """
 
@@ -200,7 +201,7 @@ class _Reader:
             shape if len(shape) == 4 else (shape[0], 1, *shape[1:]),
             query,
             replace(key, turned=True),
-            _Side(value, back.of_value if back else None),
+            _Side(self._unmerged(value), back.of_value if back else None),
             mask,
             scale * first * second,
             dropout,
@@ -389,16 +390,16 @@ class _Reader:
         whole = self._unmerged(read)
         source, factor = self._unscaled(whole)
         if factor == 1 or not factor > 0:
-            return _Side(read, gradient), 1.0
+            return _Side(whole, gradient), 1.0
         if gradient is None:
             return _Side(source), factor
         try:
             v = self._only(gradient, VIEW).result if whole is not read else gradient
             scaled = self._only(v, MUL, DIV)
         except _NotAttention:
-            return _Side(read, gradient), 1.0
+            return _Side(whole, gradient), 1.0
         if v.type != source.type or _number(scaled) != factor:
-            return _Side(read, gradient), 1.0
+            return _Side(whole, gradient), 1.0
         return _Side(source, scaled.result), factor
 
 
@@ -409,7 +410,8 @@ def _number(op: Op | None) -> float | None:
     number = op.operands[1]
     if not isinstance(number, int | float) or isinstance(number, bool) or not number:
         return None
-    return float(number) if op.name == MUL else 1 / number
+    factor = float(number) if op.name == MUL else 1 / number
+    return factor if math.isfinite(factor) else None
 
 
 class _Writer:

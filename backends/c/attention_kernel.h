@@ -367,7 +367,7 @@ static void NAME(forward_block)(
     void *const *to = b + 3 + has_mask + s->drops;
     const REAL keep = s->drops ? (REAL)s->keep : 1;
     for (int64_t i = 0; i < n; i++) {
-        const REAL total = w->rows[i].total, t = t0 + i;
+        const REAL total = w->rows[i].total;
         NAME(unpack_row)(w->out + i * width, total == 0 ? 0 : 1 / (total * keep), to[0],
                          batch * s->out.b + head * s->out.h + (t0 + i) * s->out.t, s->out.d,
                          s->kind, s->depth);

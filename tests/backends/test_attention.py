@@ -17,12 +17,17 @@ from shoestring.backends.c.build import cpu_identity, flags
 from shoestring.backends.instructions import CallTorch
 from shoestring.ir import Builder, Function, Role, TensorType, Value
 from shoestring.ir.errors import BackendError
+from shoestring.ir.ops.random import UNIFORM
 from shoestring.runtime.executor import find_mismatches
 
 from .helpers import traced
 
 FORWARD = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 BACKWARD = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
+
+DROPOUT, DROPOUT_BACKWARD = "attention.dropout.default", "attention.dropout_backward.default"
+KEY = [(1 << 40) + 17, (1 << 33) + 5]  # of random numbers: words of a seed and of a step
+SITE = 3
 
 # batch, heads, heads of keys and values, queries, keys, size of a head
 Sizes = tuple[int, int, int, int, int, int]
@@ -54,6 +59,15 @@ class Case:
     causal: bool = False
     scale: float | None = None
     dropout: float = 0.0
+    keep: float | None = None
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """Attributes of both ops; those with dropout are others."""
+        found: dict[str, Any] = {"is_causal": self.causal, "scale": self.scale}
+        if self.keep is None:
+            return found | {"dropout_p": self.dropout}
+        return found | {"keep": self.keep, "site": SITE}
 
 
 def add(f: Builder, case: Case) -> tuple[Value, ...]:
@@ -70,13 +84,12 @@ def add(f: Builder, case: Case) -> tuple[Value, ...]:
     mask = None
     if case.mask is not None:
         mask = f.param(TensorType(case.dtype, case.mask), Role.BATCH, f"#mask{first}")
-    attrs: dict[str, Any] = {
-        "dropout_p": case.dropout,
-        "is_causal": case.causal,
-        "scale": case.scale,
-    }
-    out, lse = f.emit_all(FORWARD, q, k, v, mask, **attrs)
-    return out, lse, *f.emit_all(BACKWARD, grad, q, k, v, out, lse, mask, **attrs)
+    names, more = (FORWARD, BACKWARD), list[Value]()
+    if case.keep is not None:
+        names = DROPOUT, DROPOUT_BACKWARD
+        more = [f.param(TensorType(torch.int64, (2,)), Role.BATCH, f"#key{first}")]
+    out, lse = f.emit_all(names[0], q, k, v, mask, *more, **case.attrs)
+    return out, lse, *f.emit_all(names[1], grad, q, k, v, out, lse, mask, *more, **case.attrs)
 
 
 def program(*cases: Case) -> Function:
@@ -89,9 +102,12 @@ def program(*cases: Case) -> Function:
 
 def definition(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mask: Tensor | None, causal: bool,
-    scale: float | None = None,
+    scale: float | None = None, keep: float | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """The five results in double precision, by autograd. A row that sees nothing is zero."""
+    """The five results in double precision, by autograd. A row that sees nothing is zero.
+
+    Weights are kept where `rng.uniform` says so.
+    """
     q, k, v = (x.transpose(1, 2).double().detach().requires_grad_() for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
     factor = q.shape[-1] ** -0.5 if scale is None else scale
@@ -103,6 +119,10 @@ def definition(
         scores = scores.masked_fill(unseen, -math.inf)
     blind = (scores == -math.inf).all(-1, keepdim=True)
     weights = torch.where(blind, 0.0, scores.masked_fill(blind, 0.0).softmax(-1))
+    if keep is not None:
+        shape = tuple(weights.shape)
+        drawn = UNIFORM.reference(torch.tensor(KEY), site=SITE, shape=shape, dtype=torch.float32)
+        weights = weights * (drawn < keep) / keep
     out = weights @ v.repeat_interleave(group, 1)
     lse = torch.where(blind, 0.0, scores.masked_fill(blind, 0.0).logsumexp(-1, keepdim=True))
     gradients = torch.autograd.grad(out, (q, k, v), grad.transpose(1, 2).double())
@@ -113,10 +133,10 @@ def inputs(case: Case) -> list[Tensor]:
     b, h, g, t, s, d = case.sizes
     shapes = [(b, t, h, d), (b, s, g, d), (b, s, g, d), (b, t, h, d)]
     tensors = [torch.randn(shape).to(case.dtype) for shape in shapes]
-    if case.mask is None:
-        return tensors
-    hidden = torch.rand(case.mask) < 0.3
-    return [*tensors, torch.where(hidden, -math.inf, torch.randn(case.mask)).to(case.dtype)]
+    if case.mask is not None:
+        hidden = torch.rand(case.mask) < 0.3
+        tensors.append(torch.where(hidden, -math.inf, torch.randn(case.mask)).to(case.dtype))
+    return tensors if case.keep is None else [*tensors, torch.tensor(KEY)]
 
 
 def check(*cases: Case) -> None:
@@ -129,7 +149,7 @@ def check(*cases: Case) -> None:
         for case, given in zip(cases, arguments, strict=True):
             mask = given[4] if case.mask else None
             q, k, v, grad = given[:4]
-            wanted = definition(q, k, v, grad, mask, case.causal, case.scale)
+            wanted = definition(q, k, v, grad, mask, case.causal, case.scale, case.keep)
             for name, y in zip(RESULTS, wanted, strict=True):
                 # Gradients that cancel exactly are compared with the size of what cancels.
                 size = max(float(y.abs().max()), 1.0)
@@ -152,6 +172,24 @@ def test_masks(dtype: torch.dtype) -> None:
     check(*cases)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_dropped_weights(dtype: torch.dtype) -> None:
+    cases = [Case(sizes, dtype, causal=c, keep=0.75) for sizes in SIZES for c in BOTH]
+    cases += [Case(SIZES[2], dtype, (33, 65), keep=keep) for keep in (0.1, 0.9, 1.0)]
+    cases += [Case(SIZES[3], dtype, (2, 1, 1, 257), keep=0.5)]
+    check(*cases)
+
+
+def test_dropout_drops_about_as_many_as_it_says() -> None:
+    """Equal scores and values of one: what comes out is the share of weights that are kept."""
+    case = Case((1, 2, 2, 300, 300, 8), keep=0.9)
+    q, k, v, grad, key = inputs(case)
+    given = [torch.zeros_like(q), k, torch.ones_like(v), grad, key]
+    out = CBackend().compile(program(case)).run(given)[0]
+    assert abs(float(out.mean()) - 1) < 5e-3
+    assert 0.01 < float(out.std()) < 0.03  # (0.1 / 0.9 / 300) ** 0.5 is 0.019
+
+
 WIDE = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 NEEDS = {
     "generic": set[str](), "avx2": {"avx2", "fma"}, "avx512": WIDE,
@@ -168,6 +206,8 @@ def test_narrower_instruction_sets(isa: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("SHOESTRING_ISA", isa)
     cases = [Case(sizes, dtype, causal=c) for sizes in SIZES for dtype in TOLERANCE for c in BOTH]
     cases += [Case(TILED, torch.bfloat16, causal=c) for c in BOTH]
+    cases += [Case(sizes, dtype, keep=0.6) for sizes in SIZES for dtype in TOLERANCE]
+    cases += [Case(TILED, torch.bfloat16, causal=c, keep=0.6) for c in BOTH]
     check(*cases, *(Case(SIZES[3], dtype, (130, 257)) for dtype in TOLERANCE))
 
 
@@ -192,8 +232,9 @@ def test_scale() -> None:
     check(Case((1, 2, 2, 9, 9, 8), scale=0.7))
 
 
-def test_same_for_every_number_of_threads() -> None:
-    case = Case((2, 3, 3, 200, 200, 32), causal=True)
+@pytest.mark.parametrize("keep", [None, 0.7])
+def test_same_for_every_number_of_threads(keep: float | None) -> None:
+    case = Case((2, 3, 3, 200, 200, 32), causal=True, keep=keep)
     arguments = inputs(case)
     executable = CBackend().compile(program(case))
     before, found = torch.get_num_threads(), []
