@@ -1,7 +1,8 @@
 """Attention that drops weights: what PyTorch writes as products, a softmax and a dropout.
 
 B: batch, H: heads of queries, T: queries, S: keys, D: size of a head; heads of keys and values
-divide H. Weight i, of [B,H,T,S] in row-major order, is kept where `rng.uniform` of the same key and site draws less than `keep` for element i.
+divide H. Weight i, of [B,H,T,S] in row-major order, is kept where element i of `rng.uniform`, of
+the same key and site, is less than `keep`.
 """
 
 from __future__ import annotations
