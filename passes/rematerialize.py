@@ -13,12 +13,12 @@ from .editing import Names
 from .liveness import Liveness, measure, size_of, storage_roots
 
 CHEAP = frozenset({Kind.POINTWISE, Kind.VIEW, Kind.CREATION})
-# Also cheap, though not elementwise: each is one pass over memory.
+# Also cheap, though not elementwise: each is one pass over memory. A draw is what its key gives.
 ONE_PASS = frozenset(
     f"aten.{name}"
     for name in """native_layer_norm.default native_group_norm.default index.Tensor
     embedding.default""".split()
-)
+) | {"rng.uniform.default"}
 CAST = "aten._to_copy.default"
 KEPT_INSTEAD = 4  # members of a group that may be kept instead of what all depend on
 SOON = 16  # ops between two reads of a weight that is rounded once for both
@@ -31,9 +31,9 @@ class Rematerialize(Pass):
 
     Of an activation function written in eight pointwise ops only the input stays alive between
     forward and backward. The duplicates are of phase `recompute`: they do not merge with their
-    originals again. Random draws and reductions are never duplicated; a layer norm and a gather,
-    each one pass over memory, are. Keeping an input that nobody else keeps is worth it where it is
-    smaller than what it replaces.
+    originals again. Reductions are never duplicated; a layer norm, a gather and a random draw,
+    which its key gives again, are: each is one pass over memory. Keeping an input that nobody else
+    keeps is worth it where it is smaller than what it replaces.
 
     So are a few products of the forward pass, those that free the most memory for their work: up to
     `products` of all the work of the step, where the step needs `worth` times as large a part less

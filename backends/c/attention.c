@@ -12,6 +12,7 @@
 #include "pool.h"
 
 #include "amx.h"
+#include "draws.h"
 #include "prelude.h"
 #include "turn.h"
 #include "vector.h"
@@ -59,38 +60,6 @@ typedef struct {
     int64_t begin;   /* terms before m + begin are zero */
 } ss_clip;
 #define SS_ALL ((ss_clip){INT64_MAX / 2, INT64_MAX / 2, -INT64_MAX / 2})
-
-#define SS_BLOCKS SS_LANES /* of random words, four each */
-/* The words of SS_BLOCKS blocks, as ss_philox gives them one by one. Lanes of 64 bits hold a word
- * in their low half, and in their high half what no later round reads. */
-static void ss_words(const int64_t *key, uint32_t site, int64_t block, uint32_t *words) {
-    enum { ALONG = 2, LANES = SS_BLOCKS / ALONG }; /* vectors that are computed side by side */
-    const ss_vq zero = {0}, low = zero + 0xffffffffu;
-    const ss_vq m0 = zero + 0xD2511F53u, m1 = zero + 0xCD9E8D57u;
-    uint32_t k0 = (uint32_t)key[0], k1 = (uint32_t)(key[0] >> 32);
-    ss_vq c[ALONG][4];
-    _Pragma("GCC unroll 2") for (int v = 0; v < ALONG; v++) {
-        for (int l = 0; l < LANES; l++) c[v][0][l] = (uint32_t)(block + v * LANES + l);
-        c[v][1] = zero + site;
-        c[v][2] = zero + (uint32_t)key[1];
-        c[v][3] = zero + (uint32_t)(key[1] >> 32);
-    }
-    for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
-        _Pragma("GCC unroll 2") for (int v = 0; v < ALONG; v++) {
-            const ss_vq a = ss_vmul_low(c[v][0], m0), b = ss_vmul_low(c[v][2], m1);
-            c[v][0] = b >> 32 ^ c[v][1] ^ (zero + k0);
-            c[v][1] = b;
-            c[v][2] = a >> 32 ^ c[v][3] ^ (zero + k1);
-            c[v][3] = a;
-        }
-    _Pragma("GCC unroll 2") for (int v = 0; v < ALONG; v++) {
-        const ss_vq x = (c[v][0] & low) | c[v][1] << 32, y = (c[v][2] & low) | c[v][3] << 32;
-        for (int l = 0; l < LANES; l++) {
-            memcpy(words + 4 * (v * LANES + l), &(uint64_t){x[l]}, 8);
-            memcpy(words + 4 * (v * LANES + l) + 2, &(uint64_t){y[l]}, 8);
-        }
-    }
-}
 
 /* The first (or behind the last) of `count` items of thread t of n. */
 SS_INLINE int64_t ss_share(int64_t count, int t, int n) { return count * t / n; }

@@ -271,10 +271,9 @@ static void NAME(draw)(
     const ss_attention *s, const int64_t *key, int64_t batch, int64_t head, int64_t query,
     int64_t k0, int64_t n, REAL factor, REAL *row) {
     const int64_t first = ((batch * s->heads + head) * s->queries + query) * s->keys + k0;
-    const int64_t block = first >> 2, end = (first + n + 3) >> 2;
-    uint32_t words[SS_FORWARD_KEYS + 4 * SS_BLOCKS];
-    for (int64_t b = block; b < end; b += SS_BLOCKS)
-        ss_words(key, s->site, b, words + 4 * (b - block));
+    uint32_t words[SS_FORWARD_KEYS + 4 * SS_MOST_BLOCKS];
+    for (int64_t b = first >> 2, at = 0; 4 * b < first + n; at = 4 * (b - (first >> 2)))
+        b += ss_words(key[0], key[1], s->site, b, words + at);
     const uint32_t *word = words + (first & 3);
     for (int64_t j = 0; j < n; j++) row[j] = (int32_t)(word[j] >> 8) < s->limit ? factor : 0;
 }

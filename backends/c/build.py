@@ -45,10 +45,11 @@ HEADERS = (
     "trial.h",
     "run.h",
     "far.h",
+    "draws.h",
 )
 # Written by hand, compiled once for a machine: what every library is linked with, and what those
 # are whose sources include a header.
-RUNTIME = ("gemm.c", "frame.c", "pool.c", "trial.c", "run.c", "far.c")
+RUNTIME = ("gemm.c", "frame.c", "pool.c", "trial.c", "run.c", "far.c", "draws.c")
 RUNTIME_OF = {"attention.h": ("attention.c",)}
 JOBS = max(2, os.cpu_count() or 1)
 _COMMENT = re.compile(r"^[ \t]*//.*\n", re.MULTILINE)

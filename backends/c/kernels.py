@@ -151,6 +151,12 @@ class Span:
     clauses: str = ""
     begins: tuple[str, ...] = ()
 
+    def first(self, text: str) -> str:
+        """What an expression of an element's is for the first."""
+        for name, value in (begin.split(" = ") for begin in self.begins):
+            text = re.sub(rf"\b{name}\b", f"({value})", text)
+        return re.sub(rf"\b{self.name}\b", self.low, text)
+
 
 Level = str  # "none", "outer", "columns" or "full"
 
@@ -185,6 +191,7 @@ class KernelWriter:
         self.changed = {buffer_of(p.node.outs[0]) for p in self.stores}
         self.now = 0
         self.away: dict[Node, str] = {}
+        self.drawn: dict[Node, str] = {}
         self.kept: dict[Node, int] = {}
         self.ahead: _Ahead | None = None
         self.loaded = 0
@@ -454,14 +461,16 @@ class KernelWriter:
     def _raw_operands(self, placed: Placed) -> list[tuple[str, torch.dtype, int] | object]:
         node = placed.node
         if node.name in KEYED:
-            key = node.refs[0]
-            step = key.layout.strides[0]
-            parts = (self._scalar(key, key.layout.offset + i * step) for i in (0, 1))
-            return [(text, torch.int64, 0) for text in parts]
+            return [(text, torch.int64, 0) for text in self._key(node.refs[0])]
         return [
             (self._operand(placed, o), o.dtype, len(o.shape)) if isinstance(o, Ref) else o
             for o in node.operands
         ]
+
+    def _key(self, key: Ref) -> list[str]:
+        """The two words of a key of random numbers."""
+        step = key.layout.strides[0]
+        return [self._scalar(key, key.layout.offset + i * step) for i in (0, 1)]
 
     def _promoted(self, node: Node, i: int, operand: object, out: torch.dtype) -> object:
         """An operand as PyTorch promotes it: what meets halves, and makes one, is rounded first.
@@ -496,10 +505,11 @@ class KernelWriter:
     def _define(self, placed: Placed) -> None:
         node = placed.node
         kind = REGISTER[node.outs[0].dtype]
+        value = self.drawn.get(node) or self._value(placed)
         if self.by_column and self.level[node] == "outer":
-            self.text.put(f"{self._name(node)} = {self._value(placed)};")
+            self.text.put(f"{self._name(node)} = {value};")
         else:
-            self.text.put(f"const {kind} {self._name(node)} = {self._value(placed)};")
+            self.text.put(f"const {kind} {self._name(node)} = {value};")
 
     def _store(self, placed: Placed) -> None:
         out = placed.node.outs[0]
@@ -645,21 +655,25 @@ class KernelWriter:
         ends = self._ends(reduced, stored)
         needed = [p.node for p in self._needed(ends, self.now)]
         given = [n for n in needed if self._is_kept(n, self.now)]
-        pieces = cut(needed, [p.node for p in ends], given)
+        drawn = [n for n in needed if n not in given and self._is_draw(n)]
+        pieces = cut(needed, [p.node for p in ends], [*given, *drawn])
         away = self._stored_away(stored)
-        arrays = len(pieces) > 1 or bool(away)
+        arrays = len(pieces) > 1 or bool(away) or bool(drawn)
         if arrays and (span.most is None or span.most > BLOCK or span.parallel):
             self._open_strip(span)
             span = replace(span, low="from", high="to", most=STRIP, parallel="")
         elif arrays:
             self.text.open()
         place = span.name if span.low == "0" else f"{span.name} - {span.low}"
-        for n in (n for piece in pieces for n in piece.leaves):
+        for n in (*drawn, *(n for piece in pieces for n in piece.leaves)):
             self.text.put(f"{REGISTER[n.outs[0].dtype]} w{self.number[n]}[{span.most}];")
         for p in away:
             kind = MEMORY[p.node.outs[0].dtype]
             self.text.put(f"{kind} f{self.number[p.node]}[{span.most}];")
         self.away = {p.node: f"f{self.number[p.node]}[{place}]" for p in away}
+        for n in drawn:
+            self._draw(self.members[n.outs[0]], span)
+        self.drawn = {n: f"w{self.number[n]}[{place}]" for n in drawn}
         for piece in pieces:
             last = piece is pieces[-1]
             at = self._open_span(span, span.clauses if last else "")
@@ -676,7 +690,7 @@ class KernelWriter:
             self.text.close()
         for p in away:
             self._store_away(p, span)
-        self.away = {}
+        self.away, self.drawn = {}, {}
         self.text.close(arrays)
 
     def _elements_loop(self) -> Loop | None:
@@ -696,12 +710,25 @@ class KernelWriter:
     def _store_away(self, placed: Placed, span: Span) -> None:
         """Copies a strip of results to where it belongs."""
         out = placed.node.outs[0]
-        first = self._element(out, self._result_access(placed), write=True)
-        for name, value in (begin.split(" = ") for begin in span.begins):
-            first = re.sub(rf"\b{name}\b", f"({value})", first)
-        first = re.sub(rf"\b{span.name}\b", span.low, first)
+        first = span.first(self._element(out, self._result_access(placed), write=True))
         count, size = f"({span.high} - {span.low})", out.dtype.itemsize
         self.text.put(f"ss_store_far(&{first}, f{self.number[placed.node]}, {count} * {size});")
+
+    def _is_draw(self, node: Node) -> bool:
+        """Whether a node draws random numbers of neighbours, which is cheaper for many at once."""
+        loop = self._elements_loop()
+        if node.name != "rng.uniform.default" or node.outs[0].dtype is not torch.float32:
+            return False
+        access = self._result_access(self.members[node.outs[0]])
+        return loop is not None and access.strides.get(loop.atoms[-1]) == 1
+
+    def _draw(self, placed: Placed, span: Span) -> None:
+        """Draws a strip of random numbers."""
+        key = ", ".join(self._key(placed.node.refs[0]))
+        first = span.first(self._index(placed)).replace(" + 0)", ")")
+        count = span.high if span.low == "0" else f"{span.high} - {span.low}"
+        site, name = placed.node.attrs["site"] & 0xFFFFFFFF, f"w{self.number[placed.node]}"
+        self.text.put(f"ss_uniform({key}, {site}u, {first}, {count}, {name});")
 
     def _open_span(self, span: Span, clauses: str) -> int:
         """Opens a loop over a span; the line with which its elements begin."""

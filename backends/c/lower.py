@@ -40,7 +40,7 @@ from .tuning import slower_products
 SOURCE_FILES = 4
 HEADER_OF = {
     "gemm.h": "ss_gemm", "attention.h": "ss_attention", "run.h": "ss_declined",
-    "far.h": "ss_store_far",
+    "far.h": "ss_store_far", "draws.h": "ss_uniform",
 }  # fmt: skip
 
 

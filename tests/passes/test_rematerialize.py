@@ -59,7 +59,7 @@ def test_a_sum_is_kept_instead_of_its_summands() -> None:
     assert measure(g).peak < measure(f).peak
 
 
-def test_random_draws_are_never_repeated() -> None:
+def test_random_draws_are_repeated_with_their_key() -> None:
     f = program(
         "%u: f32[8,8] = rng.uniform.default(%k) {site=0, shape=[8, 8], dtype=f32}\n"
         "%a: f32[8,8] = aten.mul.Tensor(%h, %u)",
@@ -67,7 +67,10 @@ def test_random_draws_are_never_repeated() -> None:
         f"%g: f32[8,8] = aten.mul.Tensor(%d, %a) {B}",
     )
     g, _ = Rematerialize().run(f)
-    assert sum(op.name.startswith("rng") for op in g.ops) == 1
+    draws = [op for op in g.ops if op.name == "rng.uniform.default"]
+    assert [op.loc.phase for op in draws] == [Phase.FORWARD, Phase.RECOMPUTE]
+    assert draws[0].operands == draws[1].operands and draws[0].attrs == draws[1].attrs
+    assert measure(g).peak < measure(f).peak
 
 
 def test_chain_is_bounded() -> None:
