@@ -22,13 +22,12 @@ from .rules import ALGEBRA
 SOFTMAX, SAFE_SOFTMAX = "aten._softmax.default", "aten._safe_softmax.default"
 SOFTMAXES = frozenset({SOFTMAX, SAFE_SOFTMAX})
 SOFTMAX_BACKWARD = "aten._softmax_backward_data.default"
-VIEW, PERMUTE, BMM = "aten.view.default", "aten.permute.default", "aten.bmm.default"
+VIEW, EXPAND = "aten.view.default", "aten.expand.default"
+PERMUTE, BMM = "aten.permute.default", "aten.bmm.default"
 ADD, MUL, DIV, WHERE = "aten.add.Tensor", "aten.mul.Tensor", "aten.div.Tensor", "aten.where.self"
 UNIFORM, LESS, COPY = "rng.uniform.default", "aten.lt.Scalar", "aten._to_copy.default"
 TURNED = (0, 2, 1)
 FLOATS = (torch.float32, torch.float64)
-
-EXPAND = "aten.expand.default"
 
 Shape = tuple[int, ...]
 
@@ -286,13 +285,19 @@ class _Reader:
         """Whether each row of a mask certainly has something else than -inf."""
         if self._constants is None:
             self._constants = Constants(self._function, self._limit)
-        if mask in self._constants:
-            elements = self._constants.elements(mask)
-            return elements is not None and bool((elements.amax(-1) > -math.inf).all())
-        op = self._made_by(mask, WHERE, VIEW, EXPAND)
-        if op is None:
-            return False
-        return all(self._leaves_some(v) for v in op.inputs[op.name == WHERE :])
+        known = self._constants.elements(mask) if mask in self._constants else None
+        if known is not None:
+            return bool((known.amax(-1) > -math.inf).all())
+        return self._is_finite(mask, self._constants)
+
+    def _is_finite(self, v: Value, constants: Constants) -> bool:
+        """Whether no element is -inf, whatever conditions choose."""
+        known = constants.elements(v) if v in constants else None
+        if known is not None:
+            return bool((known > -math.inf).all())
+        op = self._made_by(v, WHERE, VIEW, EXPAND)
+        chosen = () if op is None else op.inputs[op.name == WHERE :]
+        return bool(chosen) and all(self._is_finite(x, constants) for x in chosen)
 
     def _second(self, softmax: Op) -> tuple[_Dropout | None, Op, set[Op]]:
         """Dropout, the product of weights and values, and who else reads the softmax and weights.
@@ -309,7 +314,11 @@ class _Reader:
             weights = self._only_of(readers - rest, MUL).result
             readers = self._readers(weights)
         if weights.type.rank == 4:
-            readers = self._readers(self._only_of(readers - rest, VIEW).result)
+            batch, heads, *square = weights.type.static_shape
+            merged = self._only_of(readers - rest, VIEW).result
+            if merged.type.shape != (batch * heads, *square):
+                raise _NotAttention("weights that are multiplied otherwise than scores were")
+            readers = self._readers(merged)
         turned = {op for op in readers if op.name == PERMUTE and tuple(op.attr("dims")) == TURNED}
         output = self._only_of(readers - rest - turned, BMM)
         if output.inputs[0] in {op.result for op in turned} or len(turned) != len(rest):

@@ -151,6 +151,20 @@ def short_values(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
     return ((q @ k.mT).softmax(-1) @ v[..., :5]).repeat(1, 1, 1, 2)[..., :8]
 
 
+def of_one_head(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    """Queries of all heads see the values of the first, in one product."""
+    weights = (q @ k.mT).softmax(-1)
+    return (weights.flatten(1, 2) @ v[:, 0]).unflatten(1, (3, -1))
+
+
+def hiding_by_halves(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """Both masks leave some keys, but what is chosen of them may not."""
+    s = k.shape[-2]
+    one, other = (torch.where((torch.arange(s) < 5) == b, 0.0, -math.inf) for b in (True, False))
+    mask = torch.where(seen(lengths, s), one, other)
+    return (q @ k.mT + mask).softmax(-1) @ v
+
+
 def dropped_twice(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
     return F.dropout(F.dropout((q @ k.mT).softmax(-1), 0.3), 0.3) @ v
 
@@ -162,7 +176,7 @@ def other_factors(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
 
 STAY: list[Form] = [
     read_weights, read_kept_weights, negative_scale, over_queries, hiding, with_bias, short_values,
-    dropped_twice, other_factors,
+    dropped_twice, other_factors, of_one_head, hiding_by_halves,
 ]  # fmt: skip
 
 
