@@ -41,7 +41,7 @@ from benchmarks.steps.processes import (  # noqa: E402
 )
 from benchmarks.steps.results import Result, Row, difference, limit, merge, save  # noqa: E402
 from benchmarks.steps.roofline import Work, measure  # noqa: E402
-from benchmarks.workloads import WORKLOADS, require_known  # noqa: E402
+from benchmarks.workloads import ALL, WORKLOADS, require_known  # noqa: E402
 from shoestring.cli.compare import machine as processor  # noqa: E402
 
 Contender = Literal["shoestring", "eager", "compile", "max-autotune", "jax"]
@@ -55,7 +55,7 @@ class Options:
     """Times training steps of shoestring and its peers in turns.
 
     Attributes:
-        workloads: which; all by default.
+        workloads: which; by default those without which there is no mean.
         precisions: fp32 is the reference of all losses and always needed for the check.
         contenders: who takes part; max-autotune takes minutes to compile.
         rounds: turns of each contender.
@@ -185,7 +185,7 @@ def measure_workload(name: str, options: Options, starter: Starter) -> Result:
     finally:
         for entry in entries:
             entry.close()
-    about = WORKLOADS[name].__doc__ or ""
+    about = ALL[name].__doc__ or ""
     return Result(name, about, parameters, rows, peaks, work, idle, allowed, profile)
 
 
@@ -212,7 +212,8 @@ def compare_losses(entries: list[Entry]) -> dict[str, float]:
     if not alive:
         return {}
     reference = [*(e for e in eager if e.order.precision == "fp32"), *alive][0].losses
-    allowed = {e.order.precision: limit(e.order.precision) for e in alive}
+    drops = any(e.child is not None and e.child.hello["drops"] for e in alive)
+    allowed = {e.order.precision: limit(e.order.precision, drops) for e in alive}
     for entry in eager:
         shaken = difference(entry.started["first_losses"], entry.losses)
         own = max(shaken, difference(entry.losses, reference))
@@ -284,7 +285,7 @@ def write(folder: Path, about: dict[str, Any], results: list[Result]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data, plot = folder / "cpu_step.json", folder / "cpu_step.svg"
     every = merge(data, about, [replace(r, profile={}) for r in results])
-    every.sort(key=lambda r: list(WORKLOADS).index(r.workload))
+    every.sort(key=lambda r: list(ALL).index(r.workload))
     save(data, about, every)
     try:
         tables.write_plot(plot, every)

@@ -27,7 +27,7 @@ import tyro  # noqa: E402
 from benchmarks.steps.results import difference  # noqa: E402
 from benchmarks.steps.runners import make_runner  # noqa: E402
 from benchmarks.steps.tables import markdown  # noqa: E402
-from benchmarks.workloads import WORKLOADS, build, require_known, shake  # noqa: E402
+from benchmarks.workloads import ALL, WORKLOADS, build, require_known, shake  # noqa: E402
 
 SEEDS = (0, 1, 2)
 FP32_LIMIT = 1e-4
@@ -216,7 +216,7 @@ def write(folder: Path, new: Outcome) -> None:
     old = next((o for o in known if (o.workload, o.steps) == (new.workload, new.steps)), new)
     merged = Outcome(new.workload, new.steps, new.fp32 or old.fp32, new.bf16 or old.bf16)
     every = [*(o for o in known if o.workload != new.workload), merged]
-    every.sort(key=lambda o: list(WORKLOADS).index(o.workload))
+    every.sort(key=lambda o: list(ALL).index(o.workload))
     data.write_text(json.dumps([asdict(o) for o in every], indent=1) + "\n")
     (folder / "losses.md").write_text(f"{PAGE}\n{table(every)}\n")
 

@@ -1,6 +1,6 @@
 """Training steps to measure: unmodified models of transformers and torch, random weights and data.
 
-Dropout is 0 throughout, so that every contender computes the same losses.
+Dropout is 0, so that every contender computes the same losses, but where a workload is about it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ class Workload:
     learning_rate: float = 3e-4
 
     @property
+    def drops(self) -> bool:
+        """Whether losses depend on random numbers, which each contender has of its own."""
+        return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
+
+    @property
     def parameters(self) -> int:
         """Elements of all parameters; tied ones once."""
         return sum(p.numel() for p in self.model.parameters())
@@ -67,7 +72,7 @@ def _image_loss(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) ->
     return loss
 
 
-def gpt(tiny: bool) -> Workload:
+def gpt(tiny: bool, dropout: float = 0.0) -> Workload:
     """GPT-2 of 14 M parameters: tied head, 8 x 256 tokens."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -79,14 +84,19 @@ def gpt(tiny: bool) -> Workload:
         n_head=heads,
         vocab_size=vocabulary,
         n_positions=length,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
         use_cache=False,
         bos_token_id=0,
         eos_token_id=0,
     )
     return Workload(GPT2LMHeadModel(config), _language_loss, (_ids(vocabulary, batch, length),))
+
+
+def gpt_dropout(tiny: bool) -> Workload:
+    """GPT-2 of 14 M parameters with the dropout that it has unless told otherwise, 0.1."""
+    return gpt(tiny, 0.1)
 
 
 def llama(tiny: bool) -> Workload:
@@ -131,7 +141,7 @@ def qwen3moe(tiny: bool) -> Workload:
     return Workload(Qwen3MoeForCausalLM(config), _language_loss, (_ids(vocabulary, batch, length),))
 
 
-def bert(tiny: bool) -> Workload:
+def bert(tiny: bool, dropout: float = 0.0) -> Workload:
     """Fine-tuning of a BERT of MiniLM's shape, 22.7 M parameters, 32 x 128 tokens with padding."""
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -144,8 +154,8 @@ def bert(tiny: bool) -> Workload:
         intermediate_size=4 * width,
         vocab_size=vocabulary,
         max_position_embeddings=length,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
         num_labels=2,
     )
 
@@ -163,6 +173,46 @@ def bert(tiny: bool) -> Workload:
         loss_fn,
         (_ids(vocabulary, batch, length), mask, labels),
         1e-4,
+    )
+
+
+def bert_dropout(tiny: bool) -> Workload:
+    """The same BERT with the dropout that it has unless told otherwise, 0.1."""
+    return bert(tiny, 0.1)
+
+
+def deepseek(tiny: bool) -> Workload:
+    """DeepSeek-V3 in small: latent attention, 8 experts of which 2 see a token; 8 x 256 tokens."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    layers, width, heads, vocabulary = (2, 32, 2, 64) if tiny else (4, 384, 6, 8192)
+    batch, length = (2, 16) if tiny else (8, 256)
+    config = DeepseekV3Config(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        intermediate_size=2 * width,
+        moe_intermediate_size=width // 2,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=width // 2,
+        kv_lora_rank=width // 4,
+        qk_rope_head_dim=width // 12 // 2 * 2,
+        qk_nope_head_dim=width // 6,
+        v_head_dim=width // 6,
+        vocab_size=vocabulary,
+        max_position_embeddings=length,
+        use_cache=False,
+        pad_token_id=None,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return Workload(
+        DeepseekV3ForCausalLM(config), _language_loss, (_ids(vocabulary, batch, length),)
     )
 
 
@@ -255,6 +305,13 @@ WORKLOADS: dict[str, Callable[[bool], Workload]] = {
     "mlp": mlp,
     "lstm": lstm,
 }
+MORE: dict[str, Callable[[bool], Workload]] = {
+    "gpt-dropout": gpt_dropout,
+    "bert-dropout": bert_dropout,
+    "deepseek": deepseek,
+}
+"""Measured where they are named."""
+ALL = WORKLOADS | MORE
 
 
 def shake(model: nn.Module, seed: int = 0) -> None:
@@ -267,21 +324,21 @@ def shake(model: nn.Module, seed: int = 0) -> None:
 
 
 def require_known(names: Iterable[str]) -> None:
-    """Ends the program with a message where a name is not one of `WORKLOADS`."""
-    unknown = set(names) - set(WORKLOADS)
+    """Ends the program with a message where a name is not one of `ALL`."""
+    unknown = set(names) - set(ALL)
     if unknown:
-        sys.exit(f"unknown workloads {sorted(unknown)}; there are {', '.join(WORKLOADS)}")
+        sys.exit(f"unknown workloads {sorted(unknown)}; there are {', '.join(ALL)}")
 
 
 def build(name: str, *, tiny: bool = False, seed: int = 0) -> Workload:
     """The workload `name`, equal at every call with the same seed.
 
     Args:
-        name: one of `WORKLOADS`.
+        name: one of `ALL`.
         tiny: a shape of the same kind that runs in milliseconds, for tests.
         seed: of weights and data.
     """
     torch.manual_seed(seed)
-    workload = WORKLOADS[name](tiny)
+    workload = ALL[name](tiny)
     workload.model.train()
     return workload

@@ -14,9 +14,9 @@ from shoestring.ir.ops.contractions import query_key
 
 from .base import Numerics, Pass, PassReport
 from .constants import Constants
-from .group_heads import BACKWARD, DROPOUT, DROPOUT_BACKWARD, FORWARD
+from .group_heads import BACKWARD, FORWARD, OWN, OWN_BACKWARD
 
-ATTENTION = frozenset({FORWARD, BACKWARD, DROPOUT, DROPOUT_BACKWARD})
+ATTENTION = frozenset({FORWARD, BACKWARD, OWN, OWN_BACKWARD})
 AND = frozenset({"aten.bitwise_and.Tensor", "aten.logical_and.default"})
 OR = frozenset({"aten.bitwise_or.Tensor", "aten.logical_or.default"})
 NOT = frozenset({"aten.bitwise_not.default", "aten.logical_not.default"})

@@ -15,7 +15,7 @@ from .base import Numerics, Pass, PassReport
 from .constants import Constants
 from .dead_code import DeadCode
 from .editing import Names
-from .group_heads import BACKWARD, DROPOUT, DROPOUT_BACKWARD, FORWARD
+from .group_heads import BACKWARD, FORWARD, OWN, OWN_BACKWARD
 from .rewriter import rewrite
 from .rules import ALGEBRA
 
@@ -38,8 +38,9 @@ class FuseAttention(Pass):
 
     Weights of all queries and keys are then never in memory: kernels compute them block by block,
     twice. So it is with models that write out attention themselves, and with PyTorch's own where it
-    drops weights in training, as BERT and GPT-2 do unless told otherwise. The same weights are
-    dropped: those that the random numbers of the program say.
+    has no kernel for it: where it drops weights in training, as BERT and GPT-2 do unless told
+    otherwise, and where values have another size than keys, as in DeepSeek's models. The same
+    weights are dropped: those that the random numbers of the program say.
 
     Attention stays as it is where something else reads scores or weights, where a mask has
     gradients, and where a plain softmax might give NaN for a query that sees nothing.
@@ -191,8 +192,6 @@ class _Reader:
         left, right = product.inputs
         dropout, output, rest = self._second(softmax)
         value = output.inputs[1]
-        if value.type.shape[-1] != left.type.shape[-1] or output.inputs[0] is value:
-            raise _NotAttention("values of another size than keys")
         back = self._backward(rest, product, scale, output, dropout) if rest else None
         query, first = self._unscaled_side(left, back.of_query if back else None)
         key, second = self._unscaled_side(right, back.of_key if back else None)
@@ -451,22 +450,23 @@ class _Writer:
         sides = [self._rows(add, s, found.shape) for s in (found.query, found.key, found.value)]
         mask = None if found.mask is None else _mask(add, found.mask, found.shape)
         attrs: dict[str, object] = {"scale": found.scale, "is_causal": False}
-        random: tuple[Value, ...] = ()
-        if found.dropout is None:
+        names, more = (OWN, OWN_BACKWARD), list[Value | None]()
+        if found.dropout is not None:
+            attrs |= {"keep": found.dropout.keep, "site": found.dropout.site}
+            more = [found.dropout.rng]
+        elif sides[1].type != sides[2].type:
+            more = [None]
+        else:
             names = FORWARD, BACKWARD
             attrs["dropout_p"] = 0.0
-        else:
-            names = DROPOUT, DROPOUT_BACKWARD
-            attrs |= {"keep": found.dropout.keep, "site": found.dropout.site}
-            random = (found.dropout.rng,)
-        outs = add.all(names[0], (*sides, mask, *random), attrs, out.name)
+        outs = add.all(names[0], (*sides, mask, *more), attrs, out.name)
         self._instead[found.output] = [_view(outs[0], out, found.output.loc)]
         back = found.backward
         if back is None:
             return
         add = _Adder(self._before[back.first], self._names, back.first.loc)
         grad = self._rows(add, _Side(back.grad), found.shape)
-        given = (grad, *sides, *outs, mask, *random)
+        given = (grad, *sides, *outs, mask, *more)
         gradients = add.all(names[1], given, attrs, back.grad.name)
         for side, gradient in zip((found.query, found.key, found.value), gradients, strict=True):
             self._define(side, gradient)

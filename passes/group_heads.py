@@ -14,12 +14,12 @@ from .editing import Names
 FORWARD = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 BACKWARD = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
 VIEW, EXPAND, SUM = "aten.view.default", "aten.expand.default", "aten.sum.dim_IntList"
-DROPOUT, DROPOUT_BACKWARD = "attention.dropout.default", "attention.dropout_backward.default"
+OWN, OWN_BACKWARD = "attention.softmax.default", "attention.softmax_backward.default"
 KEY = {
     FORWARD: 1,
     BACKWARD: 2,
-    DROPOUT: 1,
-    DROPOUT_BACKWARD: 2,
+    OWN: 1,
+    OWN_BACKWARD: 2,
 }  # where the keys are among the operands; values follow
 HEADS, COPIES = 1, 2  # dimensions of [batch, heads, copies, length, size]
 
@@ -78,7 +78,7 @@ class GroupHeads(Pass):
             if repeated is None:
                 continue
             report.matched += 1
-            sums = _sums(op, repeated, uses) if op.name in (BACKWARD, DROPOUT_BACKWARD) else []
+            sums = _sums(op, repeated, uses) if op.name in (BACKWARD, OWN_BACKWARD) else []
             if sums is None:
                 report.skip("gradients of repeated heads that are not only added up", op.loc)
                 continue

@@ -49,8 +49,8 @@ LOWERED: dict[str, frozenset[str]] = {
     "aten._scaled_dot_product_flash_attention_for_cpu_backward.default": frozenset(
         {"attn_mask", "logsumexp"}
     ),
-    "attention.dropout.default": frozenset({"attn_mask"}),
-    "attention.dropout_backward.default": frozenset({"attn_mask", "logsumexp"}),
+    "attention.softmax.default": frozenset({"attn_mask"}),
+    "attention.softmax_backward.default": frozenset({"attn_mask", "logsumexp"}),
 }
 PRODUCT_OF = {
     "aten.addmm.default": "aten.mm.default",

@@ -1,7 +1,7 @@
 /* Attention: what generated code and attention.c agree on.
  *
  * B batch, H heads of queries, G heads of keys and values (H / G of queries share one), T queries,
- * S keys, D size of a head. */
+ * S keys, D size of a head of queries and keys, E of values. */
 #pragma once
 #include <stdint.h>
 
@@ -11,7 +11,7 @@ typedef struct { int64_t b, h, t, d; } ss_strides; /* in elements */
 
 /* out = softmax(scale q k^T + mask) v, head by head. */
 typedef struct {
-    int64_t batch, heads, kv_heads, queries, keys, depth;
+    int64_t batch, heads, kv_heads, queries, keys, depth, value_depth;
     double scale;
     int causal;    /* query t sees keys 0..t */
     int kind;      /* ss_element of everything but the mask and the log-sum-exp */

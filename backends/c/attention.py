@@ -1,6 +1,7 @@
 """Attention and its gradients as calls of the blocked kernels in attention.h.
 
-B: batch, H: heads of queries, G: heads of keys and values, T: queries, S: keys, D: size of a head.
+B: batch, H: heads of queries, G: heads of keys and values, T: queries, S: keys, D: size of a head
+of queries and keys, E: of values.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .nodes import Node, NodeOperand, Ref
 
 FORWARD = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 BACKWARD = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
-DROPOUT, DROPOUT_BACKWARD = "attention.dropout.default", "attention.dropout_backward.default"
+OWN, OWN_BACKWARD = "attention.softmax.default", "attention.softmax_backward.default"
 FORWARD_OPERANDS = ("q", "k", "v", "mask", "key")
 BACKWARD_OPERANDS = ("grad", "q", "k", "v", "out", "lse", "mask", "key")
 HEADER = Path(__file__).with_name("attention.h")
@@ -53,10 +54,10 @@ class Case:
     site: int = 0
 
     @property
-    def sizes(self) -> tuple[int, int, int, int, int, int]:
-        """B, H, G, T, S, D."""
-        q, k = self.refs["q"].shape, self.refs["k"].shape
-        return q[0], q[1], k[1], q[2], k[2], q[3]
+    def sizes(self) -> tuple[int, int, int, int, int, int, int]:
+        """B, H, G, T, S, D, E."""
+        q, k, v = (self.refs[n].shape for n in ("q", "k", "v"))
+        return q[0], q[1], k[1], q[2], k[2], q[3], v[3]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,9 +65,9 @@ class Case:
 
 
 def _case(op: Op, operands: tuple[NodeOperand, ...]) -> Case | str | None:
-    if op.name not in (FORWARD, BACKWARD, DROPOUT, DROPOUT_BACKWARD):
+    if op.name not in (FORWARD, BACKWARD, OWN, OWN_BACKWARD):
         return None
-    backward = op.name in (BACKWARD, DROPOUT_BACKWARD)
+    backward = op.name in (BACKWARD, OWN_BACKWARD)
     names = BACKWARD_OPERANDS if backward else FORWARD_OPERANDS
     refs = {n: o for n, o in zip(names, operands, strict=False) if isinstance(o, Ref)}
     scale = op.attrs.get("scale")
@@ -79,7 +80,7 @@ def _case(op: Op, operands: tuple[NodeOperand, ...]) -> Case | str | None:
 
 def _refusal(op: Op, case: Case) -> str:
     """Why generated code cannot do it; empty where it can."""
-    batch, heads, groups, _, keys, width = case.sizes
+    batch, heads, groups, _, keys, width, high = case.sizes
     mask = case.refs.get("mask")
     if op.attrs.get("dropout_p", 0.0):
         return "dropout inside the op"
@@ -93,9 +94,9 @@ def _refusal(op: Op, case: Case) -> str:
         return f"a mask of {DTYPE_NAMES.get(mask.dtype, mask.dtype)}{list(mask.shape)}"
     if "key" in case.refs and (case.refs["key"].layout.strides != (1,) or not case.keep > 0):
         return "random numbers whose key lies apart, or nothing to keep"
-    if not batch * heads * groups * width:
+    if not batch * heads * groups * width * high:
         return "no elements"
-    if heads % groups or case.refs["v"].shape != (batch, groups, keys, width):
+    if heads % groups or case.refs["v"].shape[:3] != (batch, groups, keys):
         return "heads of keys and values that do not divide those of queries"
     return ""
 
@@ -140,14 +141,14 @@ def _comment(node: Node, case: Case) -> str:
 
 
 def _body(case: Case, named: dict[str, Ref], slots: int, scratch: int) -> str:
-    batch, heads, groups, queries, keys, width = case.sizes
+    batch, heads, groups, queries, keys, width, high = case.sizes
     mask = named.get("mask")
     mask_kind = KINDS[mask.dtype] if mask is not None else "-1"
     strided = [(n, r) for n, r in named.items() if n != "key"]
     lines = [
         "static const ss_attention s = {",
         f"    .batch = {batch}, .heads = {heads}, .kv_heads = {groups},",
-        f"    .queries = {queries}, .keys = {keys}, .depth = {width},",
+        f"    .queries = {queries}, .keys = {keys}, .depth = {width}, .value_depth = {high},",
         f"    .scale = {case.scale!r}, .causal = {int(case.causal)},",
         f"    .kind = {KINDS[case.dtype]}, .mask_kind = {mask_kind},",
         *_dropping(case),
@@ -190,29 +191,31 @@ def _constant(name: str) -> int:
 
 def _slots(case: Case) -> int:
     """The most threads that can take part; each has scratch of its own."""
-    batch, heads, groups, queries, keys, width = case.sizes
+    batch, heads, groups, queries, keys, width, high = case.sizes
     blocks = -(-queries // _constant("SS_FORWARD_QUERIES"))
     tasks = batch * groups if case.backward else batch * heads * blocks
-    work = 2 * batch * heads * queries * keys * width
+    work = batch * heads * queries * keys * (width + high)
     machine = max(os.cpu_count() or 1, torch.get_num_threads())
     return max(1, min(tasks, machine, work // PARALLEL_WORK))
 
 
 def _scratch_bytes(case: Case) -> int:
     """What one thread takes; as the kernels count it, for arithmetic without pairs."""
-    *_, keys, depth = case.sizes
+    *_, keys, width, high = case.sizes
     size = max(case.dtype.itemsize, 4)
     panel = _constant("SS_PANEL")
-    rows, width = _up(keys, panel), _up(depth, 16)
+    rows, width, high = _up(keys, panel), _up(width, 16), _up(high, 16)
+    packed = panel * max(width, high)
     if not case.backward:
         queries, block = _constant("SS_FORWARD_QUERIES"), _constant("SS_FORWARD_KEYS")
-        counts = [rows * width] * 2 + [queries * width] * 2
-        counts += [max(queries * block, panel * width), 2 * queries]
+        counts = [size * side for size in (rows, queries) for side in (width, high)]
+        counts += [max(queries * block, packed), 2 * queries]
     else:
         queries, block = _constant("SS_BACKWARD_QUERIES"), _constant("SS_BACKWARD_KEYS")
         square = queries * block
-        counts = [rows * width] * 5 + [queries * width] * 5 + [queries] * 2
-        counts += [max(square, panel * width), square] + [square // 2] * 3
+        counts = [rows * width] * 3 + [rows * high] * 2 + [queries * width] * 3
+        counts += [queries * high] * 2 + [queries] * 2
+        counts += [max(square, packed), square] + [square // 2] * 3
     return sum(_up(n * size, 64) for n in counts)
 
 

@@ -328,14 +328,15 @@ static void NAME(forward_block)(
     const ss_attention *s, void *const *b, NAME(forward_scratch) *w, int64_t batch, int64_t head,
     int64_t t0) {
     const int64_t n = ss_least(SS_FORWARD_QUERIES, s->queries - t0), m = ss_up(n, SS_LOW);
-    const int64_t width = ss_up(s->depth, 16), ld = SS_FORWARD_KEYS;
+    const int64_t width = ss_up(s->depth, 16), high = ss_up(s->value_depth, 16);
+    const int64_t ld = SS_FORWARD_KEYS;
     const int64_t end = s->causal ? ss_least(s->keys, t0 + n) : s->keys;
     const int has_mask = s->mask_kind >= 0;
     const REAL c = has_mask ? 1 : (REAL)(s->scale * SS_LOG2E);
     NAME(pack)(b[0], batch * s->q.b + head * s->q.h + t0 * s->q.t, s->q, s->kind, n, s->depth,
                width, w->q);
     for (int64_t i = 0; i < n; i++) w->rows[i] = (NAME(row)){-INFINITY, 0};
-    memset(w->out, 0, m * width * sizeof(REAL));
+    memset(w->out, 0, m * high * sizeof(REAL));
     for (int64_t k0 = 0; k0 < end; k0 += ld) {
         const int64_t some = ss_least(ld, end - k0), wide = ss_up(some, SS_PANEL);
         const int64_t ahead = s->causal ? t0 - k0 : INT64_MAX / 4;
@@ -357,19 +358,19 @@ static void NAME(forward_block)(
                 factor = NAME(weigh)(row, 0, seen, wide, c, &w->rows[i]);
             }
             if (factor != 1)
-                for (int64_t d = 0; d < width; d++) w->out[i * width + d] *= factor;
+                for (int64_t d = 0; d < high; d++) w->out[i * high + d] *= factor;
         }
-        NAME(product)(m, width, wide / KU, (UNIT *)w->scores, ld, 1, w->values + k0 / KU * width,
-                      width, SS_PANEL, w->out, width, 1,
+        NAME(product)(m, high, wide / KU, (UNIT *)w->scores, ld, 1, w->values + k0 / KU * high,
+                      high, SS_PANEL, w->out, high, 1,
                       (ss_clip){INT64_MAX / 4, ahead, -INT64_MAX / 4});
     }
     void *const *to = b + 3 + has_mask + s->drops;
     const REAL keep = s->drops ? (REAL)s->keep : 1;
     for (int64_t i = 0; i < n; i++) {
         const REAL total = w->rows[i].total;
-        NAME(unpack_row)(w->out + i * width, total == 0 ? 0 : 1 / (total * keep), to[0],
+        NAME(unpack_row)(w->out + i * high, total == 0 ? 0 : 1 / (total * keep), to[0],
                          batch * s->out.b + head * s->out.h + (t0 + i) * s->out.t, s->out.d,
-                         s->kind, s->depth);
+                         s->kind, s->value_depth);
         ((REAL *)to[1])[batch * s->lse.b + head * s->lse.h + (t0 + i) * s->lse.t] =
             total == 0 ? 0 : w->rows[i].largest * (REAL)SS_LN2 + RLOG(total);
     }
@@ -379,6 +380,7 @@ static void NAME(forward_block)(
 static void NAME(forward_pack)(
     const ss_attention *s, void *const *b, NAME(forward_scratch) *w, int64_t batch, int64_t head) {
     const int64_t width = ss_up(s->depth, 16), units = width / KU;
+    const int64_t high = ss_up(s->value_depth, 16);
     UNIT *rows = (UNIT *)w->scores; /* a panel of rows at a time */
     for (int64_t k = 0; k < s->keys; k += SS_PANEL) {
         const int64_t n = ss_least(SS_PANEL, s->keys - k);
@@ -386,24 +388,26 @@ static void NAME(forward_pack)(
                    width, rows);
         memset(rows + n * units, 0, (SS_PANEL - n) * units * sizeof(UNIT));
         NAME(turn)(rows, width, w->keys + k * units);
-        NAME(pack)(b[2], batch * s->v.b + head * s->v.h + k * s->v.t, s->v, s->kind, n, s->depth,
-                   width, rows);
-        NAME(pair)(rows, SS_PANEL, width, w->values + k * units);
+        NAME(pack)(b[2], batch * s->v.b + head * s->v.h + k * s->v.t, s->v, s->kind, n,
+                   s->value_depth, high, rows);
+        memset(rows + n * (high / KU), 0, (SS_PANEL - n) * (high / KU) * sizeof(UNIT));
+        NAME(pair)(rows, SS_PANEL, high, w->values + k * (high / KU));
     }
 }
 
 /* Thread `thread` of `threads`: blocks of queries of equal cost, whole heads as far as possible. */
 static void NAME(forward)(
     const ss_attention *s, void *const *b, void *scratch, int thread, int threads) {
-    const int64_t width = ss_up(s->depth, 16), keys = ss_up(s->keys, SS_PANEL);
+    const int64_t width = ss_up(s->depth, 16), high = ss_up(s->value_depth, 16);
+    const int64_t keys = ss_up(s->keys, SS_PANEL), panel = SS_PANEL * ss_most(width, high);
     char *at = (char *)scratch + thread * s->scratch;
     NAME(forward_scratch) w;
     w.keys = ss_take(&at, keys * width / KU * sizeof(UNIT));
-    w.values = ss_take(&at, keys * width / KU * sizeof(UNIT));
+    w.values = ss_take(&at, keys * high / KU * sizeof(UNIT));
     w.q = ss_take(&at, SS_FORWARD_QUERIES * width / KU * sizeof(UNIT));
-    w.out = ss_take(&at, SS_FORWARD_QUERIES * width * sizeof(REAL));
-    w.scores = ss_take(&at, ss_most(SS_FORWARD_QUERIES * SS_FORWARD_KEYS, SS_PANEL * width) *
-                       sizeof(REAL));
+    w.out = ss_take(&at, SS_FORWARD_QUERIES * high * sizeof(REAL));
+    w.scores =
+        ss_take(&at, ss_most(SS_FORWARD_QUERIES * SS_FORWARD_KEYS, panel) * sizeof(REAL));
     w.rows = ss_take(&at, SS_FORWARD_QUERIES * sizeof(NAME(row)));
     const int64_t heads = s->batch * s->heads, group = s->heads / s->kv_heads;
     int64_t cost = 0, done = 0, packed = -1;
@@ -544,28 +548,29 @@ static void NAME(backward_block)(
     const int64_t n = ss_least(SS_BACKWARD_QUERIES, s->queries - t0);
     const int64_t m = ss_up(n, KU == 2 && ss_use_tiles ? 32 : 4);
     const int64_t width = ss_up(s->depth, 16), units = width / KU, ld = SS_BACKWARD_KEYS;
+    const int64_t high = ss_up(s->value_depth, 16), lines = high / KU;
     const int64_t end = s->causal ? ss_least(s->keys, t0 + n) : s->keys;
     const REAL c = has_mask ? 1 : (REAL)(s->scale * SS_LOG2E);
     NAME(pack)(b[0], batch * s->grad.b + head * s->grad.h + t0 * s->grad.t, s->grad, s->kind, n,
-               s->depth, width, w->grad);
+               s->value_depth, high, w->grad);
     NAME(pack)(b[1], batch * s->q.b + head * s->q.h + t0 * s->q.t, s->q, s->kind, n, s->depth,
                width, w->q);
-    memset(w->grad + n * units, 0, (m - n) * units * sizeof(UNIT));
+    memset(w->grad + n * lines, 0, (m - n) * lines * sizeof(UNIT));
     memset(w->q + n * units, 0, (m - n) * units * sizeof(UNIT));
     if (KU == 2) {
-        NAME(pair)(w->grad, m, width, w->grad_rows);
+        NAME(pair)(w->grad, m, high, w->grad_rows);
         NAME(pair)(w->q, m, width, w->q_rows);
     }
     const int64_t size = ss_element_size(s->kind);
     for (int64_t i = 0; i < n; i++) {
         const int64_t t = t0 + i;
         const int64_t ahead = batch * s->out.b + head * s->out.h + (t + SS_AHEAD) * s->out.t;
-        ss_fetch((const char *)b[4] + ahead * size, s->depth * size);
+        ss_fetch((const char *)b[4] + ahead * size, s->value_depth * size);
         const REAL lse = ((const REAL *)b[5])[batch * s->lse.b + head * s->lse.h + t * s->lse.t];
         w->lse[i] = lse == -INFINITY ? 0 : lse * (REAL)SS_LOG2E;
         w->delta[i] = NAME(dot)(b[0], batch * s->grad.b + head * s->grad.h + t * s->grad.t,
                                 s->grad.d, b[4], batch * s->out.b + head * s->out.h + t * s->out.t,
-                                s->out.d, s->kind, s->depth);
+                                s->out.d, s->kind, s->value_depth);
     }
     for (int64_t i = n; i < m; i++) w->lse[i] = w->delta[i] = 0;
     memset(w->dq, 0, m * width * sizeof(REAL));
@@ -575,8 +580,8 @@ static void NAME(backward_block)(
         const ss_clip upper = {ahead, INT64_MAX / 4, -INT64_MAX / 4};
         NAME(product)(m, wide, units, w->q, units, 1, w->keys + k0 * units, SS_PANEL,
                       units * SS_PANEL, w->scores, ld, 0, upper);
-        NAME(product)(m, wide, units, w->grad, units, 1, w->values + k0 * units, SS_PANEL,
-                      units * SS_PANEL, w->grad_scores, ld, 0, upper);
+        NAME(product)(m, wide, lines, w->grad, lines, 1, w->values + k0 * lines, SS_PANEL,
+                      lines * SS_PANEL, w->grad_scores, ld, 0, upper);
         for (int64_t i = 0; i < m; i += KU) {
             int64_t seen[KU];
             REAL kept[KU * SS_BACKWARD_KEYS];
@@ -598,7 +603,7 @@ static void NAME(backward_block)(
         }
         const int64_t rows = ss_up(some, 4);
         const ss_clip lower = {INT64_MAX / 4, INT64_MAX / 4, -ahead};
-        NAME(gather)(w, rows, m, width, w->weights_t, w->grad_rows, w->dv + k0 * width, lower);
+        NAME(gather)(w, rows, m, high, w->weights_t, w->grad_rows, w->dv + k0 * high, lower);
         NAME(gather)(w, rows, m, width, w->grads_t, w->q_rows, w->dk + k0 * width, lower);
         NAME(product)(m, width, wide / KU, w->grads, ld, 1, w->key_rows + k0 * units, width,
                       SS_PANEL, w->dq, width, 1, (ss_clip){INT64_MAX / 4, ahead, -INT64_MAX / 4});
@@ -613,21 +618,23 @@ static void NAME(backward_block)(
 static void NAME(backward_head)(
     const ss_attention *s, void *const *b, NAME(backward_scratch) *w, int64_t batch, int64_t head) {
     const int64_t width = ss_up(s->depth, 16), units = width / KU;
+    const int64_t high = ss_up(s->value_depth, 16), lines = high / KU;
     const int64_t group = s->heads / s->kv_heads, keys = ss_up(s->keys, SS_PANEL);
     UNIT *rows = (UNIT *)w->scores;
     for (int64_t k = 0; k < s->keys; k += SS_PANEL) {
         const int64_t n = ss_least(SS_PANEL, s->keys - k);
-        NAME(pack)(b[3], batch * s->v.b + head * s->v.h + k * s->v.t, s->v, s->kind, n, s->depth,
-                   width, rows);
-        memset(rows + n * units, 0, (SS_PANEL - n) * units * sizeof(UNIT));
-        NAME(turn)(rows, width, w->values + k * units);
+        NAME(pack)(b[3], batch * s->v.b + head * s->v.h + k * s->v.t, s->v, s->kind, n,
+                   s->value_depth, high, rows);
+        memset(rows + n * lines, 0, (SS_PANEL - n) * lines * sizeof(UNIT));
+        NAME(turn)(rows, high, w->values + k * lines);
         NAME(pack)(b[2], batch * s->k.b + head * s->k.h + k * s->k.t, s->k, s->kind, n, s->depth,
                    width, rows);
+        memset(rows + n * units, 0, (SS_PANEL - n) * units * sizeof(UNIT));
         NAME(turn)(rows, width, w->keys + k * units);
         NAME(pair)(rows, SS_PANEL, width, w->key_rows + k * units);
     }
     memset(w->dk, 0, keys * width * sizeof(REAL));
-    memset(w->dv, 0, keys * width * sizeof(REAL));
+    memset(w->dv, 0, keys * high * sizeof(REAL));
     for (int64_t h = head * group; h < (head + 1) * group; h++)
         for (int64_t t = 0; t < s->queries; t += SS_BACKWARD_QUERIES)
             NAME(backward_block)(s, b, w, batch, h, t);
@@ -636,38 +643,38 @@ static void NAME(backward_head)(
         NAME(unpack_row)(w->dk + k * width, (REAL)s->scale, b[first],
                          batch * s->dk.b + head * s->dk.h + k * s->dk.t, s->dk.d, s->kind,
                          s->depth);
-        NAME(unpack_row)(w->dv + k * width, 1, b[first + 1],
+        NAME(unpack_row)(w->dv + k * high, 1, b[first + 1],
                          batch * s->dv.b + head * s->dv.h + k * s->dv.t, s->dv.d, s->kind,
-                         s->depth);
+                         s->value_depth);
     }
 }
 
 /* Thread `thread` of `threads`: whole heads of keys, whose gradients nobody else adds to. */
 static void NAME(backward)(
     const ss_attention *s, void *const *b, void *scratch, int thread, int threads) {
-    const int64_t width = ss_up(s->depth, 16), keys = ss_up(s->keys, SS_PANEL);
-    const int64_t columns = keys * width / KU * sizeof(UNIT), sums = keys * width * sizeof(REAL);
-    const int64_t block = SS_BACKWARD_QUERIES * width / KU * sizeof(UNIT);
+    const int64_t width = ss_up(s->depth, 16), high = ss_up(s->value_depth, 16);
+    const int64_t keys = ss_up(s->keys, SS_PANEL), panel = SS_PANEL * ss_most(width, high);
+    const int64_t column = keys / KU * sizeof(UNIT), row = SS_BACKWARD_QUERIES / KU * sizeof(UNIT);
     const int64_t square = SS_BACKWARD_QUERIES * SS_BACKWARD_KEYS * sizeof(REAL);
     char *at = (char *)scratch + thread * s->scratch;
     NAME(backward_scratch) w;
-    w.keys = ss_take(&at, columns);
-    w.values = ss_take(&at, columns);
-    w.key_rows = ss_take(&at, columns);
-    w.dk = ss_take(&at, sums);
-    w.dv = ss_take(&at, sums);
-    w.q = w.q_rows = ss_take(&at, block);
-    w.grad = w.grad_rows = ss_take(&at, block);
+    w.keys = ss_take(&at, width * column);
+    w.values = ss_take(&at, high * column);
+    w.key_rows = ss_take(&at, width * column);
+    w.dk = ss_take(&at, keys * width * sizeof(REAL));
+    w.dv = ss_take(&at, keys * high * sizeof(REAL));
+    w.q = w.q_rows = ss_take(&at, width * row);
+    w.grad = w.grad_rows = ss_take(&at, high * row);
     w.dq = ss_take(&at, SS_BACKWARD_QUERIES * width * sizeof(REAL));
     w.lse = ss_take(&at, SS_BACKWARD_QUERIES * sizeof(REAL));
     w.delta = ss_take(&at, SS_BACKWARD_QUERIES * sizeof(REAL));
-    w.scores = ss_take(&at, ss_most(square, SS_PANEL * width * sizeof(REAL)));
+    w.scores = ss_take(&at, ss_most(square, panel * sizeof(REAL)));
     w.grad_scores = ss_take(&at, square);
     w.weights_t = (UNIT *)w.scores;
     w.grads = w.grads_t = (UNIT *)w.grad_scores;
     if (KU == 2) {
-        w.q_rows = ss_take(&at, block);
-        w.grad_rows = ss_take(&at, block);
+        w.q_rows = ss_take(&at, width * row);
+        w.grad_rows = ss_take(&at, high * row);
         w.weights_t = ss_take(&at, square / 2);
         w.grads_t = ss_take(&at, square / 2);
         w.turned = ss_take(&at, square / 2);

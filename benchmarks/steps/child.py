@@ -24,7 +24,7 @@ class Order:
     """What a child is.
 
     Attributes:
-        workload: a name of `WORKLOADS`.
+        workload: a name of `ALL`.
         contender: a name of `CONTENDERS`.
         precision: fp32 or bf16.
         tiny: the test's sizes.
@@ -68,7 +68,7 @@ def _start(runner: Runner, order: Order) -> dict[str, Any]:
     start = time.perf_counter()
     runner.setup(workload)
     setup = time.perf_counter() - start
-    parameters = workload.parameters
+    parameters, drops = workload.parameters, workload.drops
     del workload
     release()
     predicted = runner.predict()
@@ -80,6 +80,7 @@ def _start(runner: Runner, order: Order) -> dict[str, Any]:
         "setup": setup,
         "baseline": baseline,
         "parameters": parameters,
+        "drops": drops,
         **runner.facts(),
     }
 

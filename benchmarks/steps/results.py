@@ -14,6 +14,7 @@ from .roofline import Peaks, Work
 COMPILED = ("compile", "max-autotune")
 LIMIT_FP32 = 1e-4
 LIMIT_BF16 = 2e-2
+LIMIT_DROPS = 0.2  # where each contender drops what its own random numbers say
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,10 @@ def difference(losses: list[float], wanted: list[float]) -> float:
     return math.inf if any(math.isnan(d) for d in found) else max(found)
 
 
-def limit(precision: str) -> float:
-    """How far losses may be from the reference's."""
+def limit(precision: str, drops: bool = False) -> float:
+    """How far losses may be from the reference's; where there is dropout, only roughly equal."""
+    if drops:
+        return LIMIT_DROPS
     return LIMIT_BF16 if precision == "bf16" else LIMIT_FP32
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .results import LIMIT_BF16, LIMIT_FP32, Result, Row, geometric_mean, limit
+from .results import LIMIT_BF16, LIMIT_DROPS, LIMIT_FP32, Result, Row, geometric_mean, limit
 
 PRECISIONS = ("fp32", "bf16")
 Number = float | None
@@ -75,6 +75,12 @@ def _cells(result: Result, row: Row) -> list[str]:
     ]
 
 
+def _why(allowed: float) -> str:
+    if allowed == LIMIT_DROPS:
+        return "as each contender drops what its own random numbers say"
+    return "twice as far as rounding carries eager"
+
+
 def facts(result: Result) -> str:
     """The roofline of a workload and the memory predicted, as text."""
     peaks = result.peaks
@@ -85,7 +91,7 @@ def facts(result: Result) -> str:
         f" waiting contenders used {percent(result.idle)} of a core"
     ]
     lines += [
-        f"losses {precision}: may differ by {allowed:.0e}, twice as far as rounding carries eager"
+        f"losses {precision}: may differ by {allowed:.0e}, {_why(allowed)}"
         for precision, allowed in result.allowed.items()
         if allowed > limit(precision)
     ]

@@ -1,22 +1,23 @@
-"""Attention that drops weights: what PyTorch writes as products, a softmax and a dropout.
+"""Attention beyond PyTorch's kernel: weights are dropped, values have another size than keys.
 
 B: batch, H: heads of queries, T: queries, S: keys, D: size of a head; heads of keys and values
-divide H. Weight i, of [B,H,T,S] in row-major order, is kept where element i of `rng.uniform`, of
-the same key and site, is less than `keep`.
+divide H. With a key of random numbers, weight i, of [B,H,T,S] in row-major order, is kept where
+element i of `rng.uniform`, of that key and site, is less than `keep`, and divided by `keep`.
 """
 
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from ..function import Op
-from ..opdef import Kind, OpDef
+from ..opdef import Cost, CostRule, Kind, OpDef
 from ..types import TensorType
 from .aten import replicate
-from .contractions import attention_cost
+from .contractions import attention_cost, query_key
 from .random import UNIFORM
 
 FORWARD_OPERANDS = ("query", "key", "value", "attn_mask", "rng")
@@ -51,18 +52,19 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: floa
     return scores
 
 
-def _factors(scores: Tensor, rng: Tensor, keep: float, site: int) -> Tensor:
-    """What weights are multiplied by: 0, or 1 / keep."""
-    drawn: Tensor = UNIFORM.reference(
-        rng, site=site, shape=tuple(scores.shape), dtype=torch.float32
-    )
+def _factors(scores: Tensor, rng: Tensor | None, keep: float, site: int) -> Tensor:
+    """What weights are multiplied by: 0, or 1 / keep; 1 where none is dropped."""
+    if rng is None:
+        return torch.ones((), dtype=scores.dtype)
+    shape = tuple(scores.shape)
+    drawn: Tensor = UNIFORM.reference(rng, site=site, shape=shape, dtype=torch.float32)
     kept: Tensor = (drawn < keep).to(scores.dtype) / keep
     return kept
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rng: Tensor, *,
-    keep: float, site: int, is_causal: bool = False, scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rng: Tensor | None, *,
+    keep: float = 1.0, site: int = 0, is_causal: bool = False, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     scores = _scores(q, k, mask, is_causal, _scale(q, scale))
     lse = scores.logsumexp(-1)
@@ -73,8 +75,8 @@ def _forward(
 
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    mask: Tensor | None, rng: Tensor, *,
-    keep: float, site: int, is_causal: bool = False, scale: float | None = None,
+    mask: Tensor | None, rng: Tensor | None, *,
+    keep: float = 1.0, site: int = 0, is_causal: bool = False, scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     factor, wide = _scale(q, scale), _wide(grad)
     scores = _scores(q, k, mask, is_causal, factor)
@@ -94,23 +96,37 @@ def _scale(q: Tensor, scale: float | None) -> float:
 
 
 def _infer_forward(op: Op) -> tuple[TensorType, ...]:
-    q = op.inputs[0].type
+    q, v = op.inputs[0].type, op.inputs[2].type
     sums = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
-    return q, TensorType(sums, q.shape[:-1])
+    return TensorType(q.dtype, (*q.shape[:-1], v.shape[-1])), TensorType(sums, q.shape[:-1])
 
 
 def _infer_backward(op: Op) -> tuple[TensorType, ...]:
     return tuple(v.type for v in op.inputs[1:4])
 
 
+def _cost(of_keys: int, of_values: int) -> CostRule:
+    """So many products with the size of keys, and so many with that of values."""
+    keys = attention_cost(of_keys)
+
+    def cost(op: Op) -> Cost:
+        found = keys(op)
+        q, k = query_key(op)
+        v = op.inputs[op.inputs.index(k) + 1].type.static_shape[-1]
+        ratio = Fraction(of_values * v, of_keys * max(q.type.static_shape[-1], 1))
+        return Cost(int(found.flops * (1 + ratio)), found.bytes)
+
+    return cost
+
+
 FORWARD = OpDef(
-    "attention.dropout.default", Kind.CONTRACTION, _forward, FORWARD_OPERANDS, DEFAULTS,
-    _infer_forward, attention_cost(2), replicate,
+    "attention.softmax.default", Kind.CONTRACTION, _forward, FORWARD_OPERANDS, DEFAULTS,
+    _infer_forward, _cost(1, 1), replicate,
     doc="dropout(softmax(scale q k^T + mask)) v, and the log-sum-exp of each row.",
 )  # fmt: skip
 BACKWARD = OpDef(
-    "attention.dropout_backward.default", Kind.CONTRACTION, _backward, BACKWARD_OPERANDS, DEFAULTS,
-    _infer_backward, attention_cost(5), replicate,
+    "attention.softmax_backward.default", Kind.CONTRACTION, _backward, BACKWARD_OPERANDS, DEFAULTS,
+    _infer_backward, _cost(3, 2), replicate,
     doc="Gradients of it for queries, keys and values.",
 )  # fmt: skip
 

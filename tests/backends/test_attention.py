@@ -25,7 +25,7 @@ from .helpers import traced
 FORWARD = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 BACKWARD = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
 
-DROPOUT, DROPOUT_BACKWARD = "attention.dropout.default", "attention.dropout_backward.default"
+OWN, OWN_BACKWARD = "attention.softmax.default", "attention.softmax_backward.default"
 KEY = [(1 << 40) + 17, (1 << 33) + 5]  # of random numbers: words of a seed and of a step
 SITE = 3
 
@@ -60,14 +60,20 @@ class Case:
     scale: float | None = None
     dropout: float = 0.0
     keep: float | None = None
+    high: int | None = None  # size of a head of values, if another
+
+    @property
+    def own(self) -> bool:
+        """Whether PyTorch has no such op."""
+        return self.keep is not None or self.high is not None
 
     @property
     def attrs(self) -> dict[str, Any]:
         """Attributes of both ops; those with dropout are others."""
         found: dict[str, Any] = {"is_causal": self.causal, "scale": self.scale}
-        if self.keep is None:
+        if not self.own:
             return found | {"dropout_p": self.dropout}
-        return found | {"keep": self.keep, "site": SITE}
+        return found | ({} if self.keep is None else {"keep": self.keep, "site": SITE})
 
 
 def add(f: Builder, case: Case) -> tuple[Value, ...]:
@@ -75,18 +81,20 @@ def add(f: Builder, case: Case) -> tuple[Value, ...]:
     b, h, g, t, s, d = case.sizes
     first = len(f.params)
 
-    def heads(count: int, length: int) -> Value:
-        type_ = TensorType(case.dtype, (b, length, count, d))
+    def heads(count: int, length: int, size: int) -> Value:
+        type_ = TensorType(case.dtype, (b, length, count, size))
         x = f.param(type_, Role.BATCH, f"#{len(f.params)}")
         return f.emit("aten.permute.default", x, dims=(0, 2, 1, 3))
 
-    q, k, v, grad = heads(h, t), heads(g, s), heads(g, s), heads(h, t)
+    high = case.high or d
+    q, k, v, grad = heads(h, t, d), heads(g, s, d), heads(g, s, high), heads(h, t, high)
     mask = None
     if case.mask is not None:
         mask = f.param(TensorType(case.dtype, case.mask), Role.BATCH, f"#mask{first}")
-    names, more = (FORWARD, BACKWARD), list[Value]()
+    names, more = (FORWARD, BACKWARD), list[Value | None]()
+    if case.own:
+        names, more = (OWN, OWN_BACKWARD), [None]
     if case.keep is not None:
-        names = DROPOUT, DROPOUT_BACKWARD
         more = [f.param(TensorType(torch.int64, (2,)), Role.BATCH, f"#key{first}")]
     out, lse = f.emit_all(names[0], q, k, v, mask, *more, **case.attrs)
     return out, lse, *f.emit_all(names[1], grad, q, k, v, out, lse, mask, *more, **case.attrs)
@@ -131,7 +139,8 @@ def definition(
 
 def inputs(case: Case) -> list[Tensor]:
     b, h, g, t, s, d = case.sizes
-    shapes = [(b, t, h, d), (b, s, g, d), (b, s, g, d), (b, t, h, d)]
+    high = case.high or d
+    shapes = [(b, t, h, d), (b, s, g, d), (b, s, g, high), (b, t, h, high)]
     tensors = [torch.randn(shape).to(case.dtype) for shape in shapes]
     if case.mask is not None:
         hidden = torch.rand(case.mask) < 0.3
@@ -180,6 +189,15 @@ def test_dropped_weights(dtype: torch.dtype) -> None:
     check(*cases)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_values_of_another_size(dtype: torch.dtype) -> None:
+    cases = [
+        Case(s, dtype, causal=c, high=high) for s in SIZES[1:4] for c in BOTH for high in (1, 48)
+    ]
+    cases += [Case(SIZES[5], dtype, high=9), Case(SIZES[3], dtype, (130, 257), high=70, keep=0.6)]
+    check(*cases)
+
+
 def test_dropout_drops_about_as_many_as_it_says() -> None:
     """Equal scores and values of one: what comes out is the share of weights that are kept."""
     case = Case((1, 2, 2, 300, 300, 8), keep=0.9)
@@ -207,7 +225,8 @@ def test_narrower_instruction_sets(isa: str, monkeypatch: pytest.MonkeyPatch) ->
     cases = [Case(sizes, dtype, causal=c) for sizes in SIZES for dtype in TOLERANCE for c in BOTH]
     cases += [Case(TILED, torch.bfloat16, causal=c) for c in BOTH]
     cases += [Case(sizes, dtype, keep=0.6) for sizes in SIZES for dtype in TOLERANCE]
-    cases += [Case(TILED, torch.bfloat16, causal=c, keep=0.6) for c in BOTH]
+    cases += [Case(SIZES[2], dtype, causal=True, high=33) for dtype in TOLERANCE]
+    cases += [Case(TILED, torch.bfloat16, causal=c, keep=0.6, high=64) for c in BOTH]
     check(*cases, *(Case(SIZES[3], dtype, (130, 257)) for dtype in TOLERANCE))
 
 

@@ -9,7 +9,7 @@ from benchmarks.steps.child import Order
 from benchmarks.steps.processes import Child, Failed, child_environment, take_turns
 from benchmarks.steps.results import difference, limit
 from benchmarks.steps.runners import Runner, make_runner
-from benchmarks.workloads import WORKLOADS, build
+from benchmarks.workloads import ALL, build
 
 STEPS = 4
 
@@ -21,12 +21,14 @@ def losses(contender: str, workload: str) -> tuple[list[float], Runner]:
     return [runner.step() for _ in range(STEPS)], runner
 
 
-@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("workload", ALL)
 def test_losses_are_those_of_eager(workload: str) -> None:
+    drops = build(workload, tiny=True).drops
+    assert drops == workload.endswith("dropout")
     wanted, _ = losses("eager", workload)
     found, runner = losses("shoestring", workload)
-    assert difference(found, wanted) <= limit("fp32")
-    assert wanted[-1] < wanted[0]
+    assert difference(found, wanted) <= limit("fp32", drops)
+    assert wanted[-1] < wanted[0] or drops
     assert runner.facts()["work"]["product_flops"] > 0
 
 
