@@ -181,41 +181,6 @@ def bert_dropout(tiny: bool) -> Workload:
     return bert(tiny, 0.1)
 
 
-def deepseek(tiny: bool) -> Workload:
-    """DeepSeek-V3 in small: latent attention, 8 experts of which 2 see a token; 8 x 256 tokens."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    layers, width, heads, vocabulary = (2, 32, 2, 64) if tiny else (4, 384, 6, 8192)
-    batch, length = (2, 16) if tiny else (8, 256)
-    config = DeepseekV3Config(
-        num_hidden_layers=layers,
-        hidden_size=width,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        intermediate_size=2 * width,
-        moe_intermediate_size=width // 2,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-        q_lora_rank=width // 2,
-        kv_lora_rank=width // 4,
-        qk_rope_head_dim=width // 12 // 2 * 2,
-        qk_nope_head_dim=width // 6,
-        v_head_dim=width // 6,
-        vocab_size=vocabulary,
-        max_position_embeddings=length,
-        use_cache=False,
-        pad_token_id=None,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return Workload(
-        DeepseekV3ForCausalLM(config), _language_loss, (_ids(vocabulary, batch, length),)
-    )
-
-
 def vit(tiny: bool) -> Workload:
     """A vision transformer of 10.8 M parameters on 32 images of 64 x 64: 65 tokens each."""
     from transformers import ViTConfig, ViTForImageClassification
@@ -308,7 +273,6 @@ WORKLOADS: dict[str, Callable[[bool], Workload]] = {
 MORE: dict[str, Callable[[bool], Workload]] = {
     "gpt-dropout": gpt_dropout,
     "bert-dropout": bert_dropout,
-    "deepseek": deepseek,
 }
 """Measured where they are named."""
 ALL = WORKLOADS | MORE
