@@ -55,7 +55,7 @@ class Options:
     """Times training steps of shoestring and its peers in turns.
 
     Attributes:
-        workloads: which; by default those without which there is no mean.
+        workloads: which; by default the eight whose mean is asked for.
         precisions: fp32 is the reference of all losses and always needed for the check.
         contenders: who takes part; max-autotune takes minutes to compile.
         rounds: turns of each contender.

@@ -18,7 +18,7 @@ from ..opdef import Cost, CostRule, Kind, OpDef
 from ..types import TensorType
 from .aten import replicate
 from .contractions import attention_cost, query_key
-from .random import UNIFORM
+from .random import uniform
 
 FORWARD_OPERANDS = ("query", "key", "value", "attn_mask", "rng")
 BACKWARD_OPERANDS = (
@@ -57,9 +57,8 @@ def _factors(scores: Tensor, rng: Tensor | None, keep: float, site: int) -> Tens
     if rng is None:
         return torch.ones((), dtype=scores.dtype)
     shape = tuple(scores.shape)
-    drawn: Tensor = UNIFORM.reference(rng, site=site, shape=shape, dtype=torch.float32)
-    kept: Tensor = (drawn < keep).to(scores.dtype) / keep
-    return kept
+    drawn = uniform(rng, site=site, shape=shape, dtype=torch.float32)
+    return (drawn < keep).to(scores.dtype) / keep
 
 
 def _forward(

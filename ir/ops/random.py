@@ -48,7 +48,7 @@ def _bits(key: torch.Tensor, *, site: int, shape: tuple[int, ...]) -> torch.Tens
     return philox(key, site, math.prod(shape)).reshape(shape)
 
 
-def _uniform(
+def uniform(
     key: torch.Tensor, *, site: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> torch.Tensor:
     """Multiples of 2^-24 in [0, 1): exact in f32, so every backend agrees to the bit."""
@@ -77,7 +77,7 @@ BITS = OpDef(
     doc="32 random bits an element, as i64.",
 )  # fmt: skip
 UNIFORM = OpDef(
-    "rng.uniform.default", Kind.RANDOM, _uniform, ("key",), {}, _infer_uniform, _cost, replicate,
+    "rng.uniform.default", Kind.RANDOM, uniform, ("key",), {}, _infer_uniform, _cost, replicate,
     core=True, doc="Uniform in [0, 1) with 24 bits.",
 )  # fmt: skip
 ADVANCE = OpDef(

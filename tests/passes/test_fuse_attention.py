@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shoestring as ss
+from shoestring.backends import get_backend
 from shoestring.backends.c import CExecutable
 from shoestring.ir import Function, parse, print_function
+from shoestring.ir.python_dump import print_python
 from shoestring.passes import PassReport, check
 from shoestring.passes.fuse_attention import FuseAttention
 from shoestring.runtime.step import Step
@@ -314,6 +317,15 @@ def test_factors_may_stand_on_either_side() -> None:
         function = parse(text)
         compare(fused(function), GIVEN, rtol=1e-5, atol=1e-6)
         check(function, GIVEN, [FuseAttention()])
+
+
+def test_it_can_be_written_as_python() -> None:
+    function = fused(parse(SMALL))
+    names: dict[str, Any] = {}
+    exec(print_python(function), names)
+    (found,), _ = names["step"](*GIVEN)
+    (wanted,) = get_backend("reference").compile(function).run(GIVEN)
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize(
