@@ -244,11 +244,15 @@ class _Reader:
 
     def _are_turned(self, x: Value, y: Value) -> bool:
         """Whether one is the other with rows and columns exchanged."""
-        for a, b in ((x, y), (y, x)):
-            op = self._made_by(a, PERMUTE)
-            if op is not None and op.inputs[0] is b and tuple(op.attr("dims")) == TURNED:
-                return True
-        return False
+        (one, order), (other, wanted) = self._unpermuted(x), self._unpermuted(y)
+        return one is other and order == tuple(wanted[d] for d in TURNED)
+
+    def _unpermuted(self, v: Value) -> tuple[Value, Shape]:
+        """A value before its dimensions were put in order, and the order."""
+        op = self._made_by(v, PERMUTE)
+        if op is None:
+            return v, tuple(range(v.type.rank))
+        return op.inputs[0], tuple(op.attr("dims"))
 
     # -- forward -------------------------------------------------------------------------------
 

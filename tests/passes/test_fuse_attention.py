@@ -72,6 +72,12 @@ def of_three_with_mask(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
     return torch.bmm(torch.softmax(torch.bmm(q, k.mT) + mask, -1), v).view(2, 3, -1, 8)
 
 
+def lengths_first(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    """Stored as nn.MultiheadAttention has them: rows of all heads and images side by side."""
+    q, k, v = (x.permute(2, 0, 1, 3).flatten(1, 2).transpose(0, 1) for x in (q, k, v))
+    return torch.bmm(F.dropout(torch.bmm(q, k.mT).softmax(-1), 0.2), v).view(2, 3, -1, 8)
+
+
 def causal(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
     mask = torch.zeros(q.shape[-2], q.shape[-2]).masked_fill(later(q), -math.inf)
     return (mask + q @ k.mT * 0.5).softmax(-1) @ v
@@ -118,8 +124,8 @@ def short_values(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
 
 FUSED: list[Form] = [
     plain, scaled_scores, scaled_queries, scaled_everywhere, scaled_and_read, of_three_dimensions,
-    of_three_with_mask, causal, padded, with_dropout, of_three_with_dropout, by_pytorch,
-    causal_by_pytorch, masked_by_pytorch, shared_heads, short_values,
+    of_three_with_mask, lengths_first, causal, padded, with_dropout, of_three_with_dropout,
+    by_pytorch, causal_by_pytorch, masked_by_pytorch, shared_heads, short_values,
 ]  # fmt: skip
 
 
@@ -256,6 +262,26 @@ def test_reasons() -> None:
 def test_in_bf16(form: Form) -> None:
     _, report = train(form, "bf16", 3e-2)
     assert report.changed == 1
+
+
+def test_layers_of_pytorch() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 3, 32, batch_first=True)
+    x = torch.randn(2, 9, 24)
+
+    def squares(model: nn.Module, x: Tensor) -> Tensor:
+        out: Tensor = model(x).square().mean()
+        return out
+
+    found = list[list[Tensor]]()
+    for options in ({"backend": "reference", "passes": []}, {"precision": "fp32"}):
+        mine = copy.deepcopy(layer)
+        step = ss.compile(
+            mine, squares, torch.optim.SGD(mine.parameters(), lr=0.1), [x], seed=3, **options
+        )
+        found.append([step(x) for _ in range(3)])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    assert sum("attention" in n for n in kernels(step)) == 2
 
 
 def test_a_causal_mask_is_recognised_afterwards() -> None:
