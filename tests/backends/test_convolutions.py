@@ -91,7 +91,9 @@ def traced(f: Callable[..., Any], arguments: list[Tensor]) -> Function:
 def check(case: Case, *, ours: int | None = None) -> CExecutable:
     """Compares two runs with double precision; `ours`: how many products are generated code."""
     arguments = case.inputs()
-    executable = CBackend().compile(traced(lambda *t: everything(case, *t), arguments))
+    executable = CBackend(measure=ours is None).compile(
+        traced(lambda *t: everything(case, *t), arguments)
+    )
     wanted = everything(case, *(t.double() for t in arguments))
     for _ in range(2):
         for found, reference in zip(executable.run(copies(arguments)), wanted, strict=True):

@@ -98,9 +98,9 @@ def test_compile_time_is_what_two_steps_took_too_long() -> None:
     assert compile_seconds(hello) == pytest.approx(7.0)
 
 
-def entry(contender: str, precision: str, losses: list[float]) -> Entry:
+def entry(contender: str, precision: str, losses: list[float], drops: bool = False) -> Entry:
     order = Order("mlp", contender, precision, True, 3)
-    child = Child(order, {}, Path("log"), 1.0, {"losses": losses, "baseline": 100})
+    child = Child(order, {}, Path("log"), 1.0, {"losses": losses, "baseline": 100, "drops": drops})
     child.hello["seconds"] = [1.0, 1.0, 0.5, 0.5]
     child.close = lambda: None  # type: ignore[method-assign]
     return Entry(order, child, {"first_losses": losses})
@@ -121,6 +121,16 @@ def test_losses_may_differ_as_far_as_rounding_carries_eager() -> None:
     eager.started["first_losses"] = [2.0, 1.003]
     far = entry("shoestring", "fp32", [2.0, 1.007])
     assert compare_losses([near, eager, far])["fp32"] == pytest.approx(0.006)
+    assert near.child is not None and far.child is None
+
+
+def test_losses_with_dropout_are_compared_roughly() -> None:
+    eager, near = (
+        entry("eager", "fp32", [2.0, 1.0], True),
+        entry("compile", "fp32", [2.0, 1.1], True),
+    )
+    far = entry("shoestring", "fp32", [2.0, 1.3], True)
+    assert compare_losses([near, eager, far])["fp32"] == pytest.approx(0.2)
     assert near.child is not None and far.child is None
 
 
