@@ -4,7 +4,7 @@
 
 #define SS_MOST_BLOCKS 16 /* that ss_words may compute; of four words each */
 
-/* Words from 4 block on; how many blocks they are. Lanes that are left over are computed too. */
+/* The words of as many blocks, from `block` on, as vectors hold; how many blocks that is. */
 int64_t ss_words(int64_t seed, int64_t step, uint32_t site, int64_t block,
                  uint32_t words[4 * SS_MOST_BLOCKS]);
 /* to[0..n) = elements `first`.. of a draw, uniform in [0, 1). */

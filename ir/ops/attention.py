@@ -8,16 +8,15 @@ element i of `rng.uniform`, of that key and site, is less than `keep`, and divid
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from ..function import Op
-from ..opdef import Cost, CostRule, Kind, OpDef
+from ..opdef import Kind, OpDef
 from ..types import TensorType
 from .aten import replicate
-from .contractions import attention_cost, query_key
+from .contractions import attention_cost
 from .random import uniform
 
 FORWARD_OPERANDS = ("query", "key", "value", "attn_mask", "rng")
@@ -104,28 +103,14 @@ def _infer_backward(op: Op) -> tuple[TensorType, ...]:
     return tuple(v.type for v in op.inputs[1:4])
 
 
-def _cost(of_keys: int, of_values: int) -> CostRule:
-    """So many products with the size of keys, and so many with that of values."""
-    keys = attention_cost(of_keys)
-
-    def cost(op: Op) -> Cost:
-        found = keys(op)
-        q, k = query_key(op)
-        v = op.inputs[op.inputs.index(k) + 1].type.static_shape[-1]
-        ratio = Fraction(of_values * v, of_keys * max(q.type.static_shape[-1], 1))
-        return Cost(int(found.flops * (1 + ratio)), found.bytes)
-
-    return cost
-
-
 FORWARD = OpDef(
     "attention.softmax.default", Kind.CONTRACTION, _forward, FORWARD_OPERANDS, DEFAULTS,
-    _infer_forward, _cost(1, 1), replicate,
+    _infer_forward, attention_cost(1, 1), replicate,
     doc="dropout(softmax(scale q k^T + mask)) v, and the log-sum-exp of each row.",
 )  # fmt: skip
 BACKWARD = OpDef(
     "attention.softmax_backward.default", Kind.CONTRACTION, _backward, BACKWARD_OPERANDS, DEFAULTS,
-    _infer_backward, _cost(3, 2), replicate,
+    _infer_backward, attention_cost(3, 2), replicate,
     doc="Gradients of it for queries, keys and values.",
 )  # fmt: skip
 

@@ -106,17 +106,22 @@ def convolution_backward_factors(op: Op) -> FactorMap:
     return FactorMap((("n", out, *spatial), x, w), tuple(results), reduce)
 
 
-def attention_cost(products: int) -> Callable[[Op], Cost]:
-    """`products` matrix products of queries x keys x head size, causal ones without later keys."""
+def attention_cost(of_keys: int, of_values: int) -> Callable[[Op], Cost]:
+    """Matrix products of queries x keys x size, causal ones without later keys.
+
+    So many of the size of keys, and so many of that of values.
+    """
 
     def cost(op: Op) -> Cost:
         query, key = query_key(op)
         *batch, q_len, head = query.type.static_shape
         k_len = key.type.static_shape[-2]
+        value = op.inputs[op.opdef.operand_names.index("value")].type.static_shape[-1]
         seen = min(q_len, k_len)
         later = seen * (seen - 1) // 2 + (k_len - seen) * q_len
         pairs = q_len * k_len - (later if op.attrs.get("is_causal", False) else 0)
-        return Cost(2 * products * math.prod(batch) * pairs * head, bytes_moved(op))
+        sizes = of_keys * head + of_values * value
+        return Cost(2 * math.prod(batch) * pairs * sizes, bytes_moved(op))
 
     return cost
 
@@ -244,13 +249,13 @@ OPS: tuple[OpDef, ...] = (
     define(
         "aten._scaled_dot_product_flash_attention_for_cpu.default",
         Kind.CONTRACTION,
-        cost=attention_cost(2),
+        cost=attention_cost(1, 1),
         factors=attention_factors,
     ),
     define(
         "aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
         Kind.CONTRACTION,
-        cost=attention_cost(5),
+        cost=attention_cost(3, 2),
         factors=attention_factors,
     ),
     define(
