@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -42,5 +42,38 @@ class Backend(Protocol):
 
         Raises:
             BackendError: SS4xxx, where the backend refuses the function.
+        """
+        ...
+
+
+@runtime_checkable
+class KeepingBackend(Backend, Protocol):
+    """A backend whose work can be kept: the next process that has the same program loads it.
+
+    Its `compile(function)` is `load(lower(function))`.
+    """
+
+    def identity(self) -> str:
+        """Everything that `lower` depends on beside its argument and the code of shoestring: the
+        backend's settings, the machine, other tools.
+
+        Raises:
+            BackendError: SS4xxx, where it cannot be known.
+        """
+        ...
+
+    def lower(self, function: Function) -> Any:
+        """All that is decided before the program is loaded, as `shoestring.ir.serialize` takes it.
+
+        Raises:
+            BackendError: SS4xxx, where the backend refuses the function.
+        """
+        ...
+
+    def load(self, lowered: Any) -> Executable:
+        """What `lower` gave, here or in another process, ready to run.
+
+        Raises:
+            BackendError: SS4xxx, where its code does not build.
         """
         ...

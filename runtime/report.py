@@ -26,6 +26,7 @@ class Report:
         state_bytes: role -> bytes of state.
         cost: of one step.
         backend: facts that the backend tells: arena bytes, kernels, fallbacks.
+        kept: whether passes and backend did this earlier, for an equal program.
     """
 
     function: Function
@@ -35,6 +36,7 @@ class Report:
     state_bytes: dict[str, int]
     cost: Cost
     backend: dict[str, Any] = field(default_factory=dict[str, Any])
+    kept: bool = False
 
     @classmethod
     def of(cls, program: Program) -> Report:
@@ -48,6 +50,7 @@ class Report:
             state_bytes(program.function),
             total_cost(program.function),
             describe() if describe is not None else {},
+            program.kept,
         )
 
     def __str__(self) -> str:
@@ -56,6 +59,7 @@ class Report:
     def lines(self) -> list[str]:
         """The report, a line a fact."""
         times = ", ".join(f"{name} {s:.2f} s" for name, s in self.seconds.items())
+        times += "; passes and code are those of an earlier compilation" if self.kept else ""
         state = ", ".join(f"{role} {_mb(n)}" for role, n in self.state_bytes.items())
         lines = [
             f"captured {self.captured_ops} operations; {len(self.function.ops)} after the passes",

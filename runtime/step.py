@@ -35,6 +35,7 @@ from shoestring.ir import Function, Role
 from shoestring.ir.errors import RuntimeFault, UsageError
 from shoestring.passes.pipeline import Pipeline, StepRecord, check
 
+from .kept import Keeper
 from .memory import collecting_by_phase
 from .moments import Moments
 from .report import Report
@@ -67,6 +68,7 @@ class Program:
         executable: ready to run.
         records: what each pass did.
         seconds: phase of compilation -> seconds.
+        kept: whether an earlier compilation left it, so that only the capture was done again.
     """
 
     captured: Captured
@@ -74,6 +76,7 @@ class Program:
     executable: Executable
     records: list[StepRecord]
     seconds: dict[str, float]
+    kept: bool = False
 
 
 class _Compiled:
@@ -108,15 +111,24 @@ class _Compiled:
             seconds[name] = time.perf_counter() - start
             return result
 
+        pipeline, backend, verify = self.options.pipeline, self._backend, self.options.verify
         captured = timed("capture", capture)
         for path, tensor in captured.gradients.items():
             self.gradients.setdefault(path, tensor)
-        pipeline = self.options.pipeline
-        function, records = timed("passes", lambda: pipeline.run(captured.function))
-        if self.options.verify:
+        before = captured.function
+        keeper = None if verify else timed("lookup", lambda: Keeper.of(before, pipeline, backend))
+        kept = timed("load", keeper.load) if keeper else None
+        if kept is not None:
+            captured = replace(captured, function=kept.captured)
+            return Program(captured, kept.function, kept.executable, kept.records, seconds, True)
+        function, records = timed("passes", lambda: pipeline.run(before))
+        if verify:
             given = [t.detach().clone() for t in self.bind(captured, arguments)]
-            timed("verify", lambda: check(captured.function, given, pipeline.enabled))
-        executable = timed("backend", lambda: self._backend.compile(function))
+            timed("verify", lambda: check(before, given, pipeline.enabled))
+        executable = timed(
+            "backend",
+            lambda: keeper.compile(function, records) if keeper else backend.compile(function),
+        )
         return Program(captured, function, executable, records, seconds)
 
     def bind(self, captured: Captured, batch: Sequence[torch.Tensor]) -> list[torch.Tensor]:

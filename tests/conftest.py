@@ -7,6 +7,8 @@ import pytest
 # Tests run side by side: one thread each, and no thread that spins while it waits for work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests change passes and kernels under the compiler's feet: each compiles anew.
+os.environ["SHOESTRING_KEEP_PROGRAMS"] = "0"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

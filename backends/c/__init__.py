@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from dataclasses import dataclass
 
+import torch
+
 from shoestring.ir import Function
 
-from .build import build, build_runtime_ahead
+from .build import build, build_runtime_ahead, machine_key
 from .executable import CExecutable, CompileInfo, Fallback
-from .lower import KernelInfo, lower
+from .lower import KernelInfo, Lowered, lower
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,31 @@ class CBackend:
         Raises:
             BackendError: SS4101, SS4102 for what is refused, SS42xx where C does not build.
         """
+        return self.load(self.lower(function))
+
+    def identity(self) -> str:
+        """The settings, the machine, its C compiler and the threads.
+
+        Raises:
+            BackendError: SS4201 without a compiler.
+        """
+        return f"{self} {machine_key()} {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+    def lower(self, function: Function) -> Lowered:
+        """Instructions over planned memory, and the C that they call.
+
+        Raises:
+            BackendError: SS4101, SS4102 for what is refused.
+        """
+        return lower(function, fuse=self.fuse, measure=self.measure)
+
+    def load(self, lowered: Lowered) -> CExecutable:
+        """Builds the C, unless the cache has it, and binds it.
+
+        Raises:
+            BackendError: SS42xx where C does not build.
+        """
         start = time.perf_counter()
-        lowered = lower(function, fuse=self.fuse, measure=self.measure)
         library, built = None, None
         if lowered.sources:
             built = build(lowered.sources)

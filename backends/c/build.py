@@ -20,6 +20,8 @@ from pathlib import Path
 
 from shoestring.ir.errors import BackendError
 
+from ..cache import cache_folder
+
 # No copies of functions for constant arguments: they double the compile time of gemm.c for nothing.
 FLAGS = (
     "-std=gnu11", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fwrapv",
@@ -70,12 +72,6 @@ class Build:
     path: Path
     source: Path
     cache_hit: bool
-
-
-def cache_folder() -> Path:
-    """`$SHOESTRING_CACHE`, or a folder of the user's."""
-    given = os.environ.get("SHOESTRING_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "shoestring"
 
 
 def find_compiler() -> str:

@@ -48,7 +48,7 @@ class CompileInfo:
     """How an executable came to be.
 
     Attributes:
-        seconds: lowering, C compiler and loading.
+        seconds: of the C compiler and of loading.
         cache_hit: whether the C compiler was not needed.
         source_folder: the emitted C; None where there is none.
     """

@@ -12,9 +12,7 @@ import ctypes
 import hashlib
 import json
 import math
-import os
 import resource
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -28,7 +26,8 @@ from shoestring.ir import Builder, Function, Op, TensorType, Value
 from shoestring.ir import Role as ParamRole
 from shoestring.ir.inference import attrs_key
 
-from .build import build, cache_folder, machine_key
+from ..cache import cache_folder, keep
+from .build import build, machine_key
 from .calls import Pool
 from .convolutions import Role, role_of, target_of
 from .library import bind_call, way_of
@@ -131,14 +130,8 @@ def _stored(key: str) -> Times | None:
 
 def _store(key: str, times: Times) -> None:
     """Best effort: what is not kept is measured again."""
-    path = _path(key)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(asdict(times), file)
-        os.replace(file.name, path)
-    except OSError:
-        return
+    with suppress(OSError):
+        keep(_path(key), json.dumps(asdict(times)).encode())
 
 
 def _measured(op: Op, turned: Turned) -> Times:
