@@ -6,6 +6,7 @@ import difflib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -14,6 +15,7 @@ from shoestring.ir.errors import IRError, PassError, ShoestringError
 from shoestring.ir.inference import infer_types, same_types, signature
 
 from .base import Numerics, Pass, PassReport
+from .disturbance import Disturbance
 from .numerics import Difference, difference, evaluate
 
 
@@ -234,8 +236,9 @@ def check(
     """Checks the numbers of each pass against the reference interpreter.
 
     An exact pass must keep every bit (NaN equals NaN), a reassociating one the tolerance of
-    `numerics.TOLERANCE`. Runs of passes between lossy ones are compared end to end, and where an
-    end differs the first wrong pass is found by bisection.
+    `numerics.TOLERANCE`, or what rounding alone does to the program. Runs of passes between lossy
+    ones are compared end to end, and where an end differs the first wrong pass is found by
+    bisection.
 
     Args:
         function: the function before the passes.
@@ -272,6 +275,10 @@ class _Outcomes:
         self.arguments = arguments
         self._known: dict[int, dict[str, torch.Tensor]] = {}
 
+    def disturbed(self, stage: int, seed: int) -> dict[str, torch.Tensor]:
+        """What a stage computes when its roundings fall otherwise."""
+        return evaluate(self.stages[stage], self.arguments, Disturbance(seed).run_op)
+
     def __getitem__(self, stage: int) -> dict[str, torch.Tensor]:
         same = next((s for s in self._known if self.stages[s] is self.stages[stage]), stage)
         if same not in self._known:
@@ -284,7 +291,8 @@ def _check_segment(
 ) -> None:
     def differs(first: int, last: int) -> Difference | None:
         exact = all(r.numerics is Numerics.EXACT for r in records[first:last])
-        return difference(outcomes[first], outcomes[last], exact=exact)
+        disturbed = partial(outcomes.disturbed, first)
+        return difference(outcomes[first], outcomes[last], exact=exact, disturbed=disturbed)
 
     pairs = [(i, i + 1) for i in range(start, end)] if every else [(start, end)]
     bad = next(((a, b) for a, b in pairs if differs(a, b) is not None), None)

@@ -14,34 +14,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from shoestring.ir import Function, Kind, Value, run_op
+from shoestring.ir import Function, Value, run_op
+from shoestring.passes.disturbance import Disturbance
 
 RELATIVE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 ABSOLUTE = {torch.float64: 1e-9, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-UNIT = {
-    torch.float64: 2.0**-50,
-    torch.float32: 2.0**-22,
-    torch.float16: 2.0**-10,
-    torch.bfloat16: 2.0**-7,
-}
 SPREADS = 12.0  # how many times the observed spread is allowed
 NOISY_RUNS = 4
 
 Outcome = dict[str, torch.Tensor]
-QUIET = frozenset({Kind.VIEW, Kind.CREATION, Kind.RANDOM})
-SUMS = frozenset({Kind.REDUCTION, Kind.CONTRACTION})
-# These round as IEEE 754 says or not at all: nothing can differ that did not differ before. What
-# selects an element of its operand must give this very element: gradients look for it.
-EXACT = frozenset(
-    f"aten.{name}"
-    for name in """_to_copy.default clone.default neg.default abs.default where.self cat.default
-    stack.default maximum.default minimum.default relu.default index.Tensor index_select.default
-    gather.default slice_scatter.default select_scatter.default copy.default flip.default
-    roll.default constant_pad_nd.default embedding.default amax.default amin.default max.default
-    min.default max.dim min.dim aminmax.default median.default median.dim kthvalue.default
-    sort.default sort.stable topk.default cummax.default cummin.default
-    max_pool2d_with_indices.default""".split()
-)
 
 
 def mismatch(
@@ -94,23 +75,9 @@ def disturbed(
 
     Returns the values that outputs and next values name. Without a seed nothing is disturbed.
     """
-    generator = torch.Generator().manual_seed(seed or 0)
+    run = run_op if seed is None else Disturbance(seed).run_op
     env = {p.value: t.detach() for p, t in zip(function.params, arguments, strict=True)}
     with torch.no_grad():
         for op in function.ops:
-            rounds = seed is not None and op.opdef.kind not in QUIET and op.name not in EXACT
-            given = env
-            if rounds and op.opdef.kind in SUMS:
-                given = {v: _shaken(env[v], generator) for v in op.inputs}
-            results = run_op(op, given)
-            if rounds:
-                results = tuple(_shaken(t, generator) for t in results)
-            env.update(zip(op.results, results, strict=True))
+            env.update(zip(op.results, run(op, env), strict=True))
     return {v: env[v] for v in function.results}
-
-
-def _shaken(t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    if t.dtype not in UNIT or not t.numel():
-        return t
-    noise = torch.randint(-1, 2, t.shape, generator=generator, dtype=torch.int8).double()
-    return (t.double() * (1 + UNIT[t.dtype] * noise)).to(t.dtype)
