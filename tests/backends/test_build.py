@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +27,28 @@ from shoestring.ir.errors import BackendError
 SOURCE = '#include "prelude.h"\nfloat twice(float x) { return x + x; }\n'
 
 
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that has what is written by hand, which takes seconds to build."""
+    folder = tmp_path_factory.mktemp("runtime")
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("SHOESTRING_CACHE", str(folder))
+        build_runtime_ahead().join()
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Each test has a cache of its own: empty where it asks for `cache`, else with `runtime`."""
     monkeypatch.setenv("SHOESTRING_CACHE", str(tmp_path))
+    if "cache" not in request.fixturenames:
+        shutil.copytree(request.getfixturevalue("runtime"), tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
     return tmp_path
 
 
