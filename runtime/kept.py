@@ -107,7 +107,7 @@ class Keeper:
             entry = _read(self.path)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, IRError) as error:
+        except (OSError, ValueError, zlib.error, IRError) as error:
             log.warning("compiling anew: %s is damaged: %s", self.path, error)
             return None
         executable = self.backend.load(entry.lowered)

@@ -232,8 +232,9 @@ def _with_hash(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     "damage",
     [lambda b: b"", lambda b: b[:40], lambda b: b[:-1], lambda b: b[:99] + b"\0" + b[100:],
-     lambda b: _with_hash(pickle.dumps(eval)), lambda b: _with_hash(pickle.dumps(3))],
-    ids=["empty", "head", "tail", "middle", "code", "other"],
+     lambda b: hashlib.sha256(b"x").digest() + b"x", lambda b: _with_hash(pickle.dumps(eval)),
+     lambda b: _with_hash(pickle.dumps(3))],
+    ids=["empty", "head", "tail", "middle", "packed", "code", "other"],
 )  # fmt: skip
 def test_a_damaged_file_is_made_anew(
     damage: Callable[[bytes], bytes], folder: Path, caplog: pytest.LogCaptureFixture
