@@ -49,8 +49,6 @@ def loads(data: bytes) -> Any:
     """
     try:
         return _Reader(io.BytesIO(data)).load()
-    except IRError:
-        raise
     except Exception as error:  # bytes can be wrong in any way
         raise IRError("SS2007", f"reading a program: {type(error).__name__}: {error}") from error
 

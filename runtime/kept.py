@@ -39,30 +39,20 @@ _HASH_BYTES = _HASH().digest_size
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """What became of a captured function; `lowered` is what the backend's `load` takes."""
-
-    captured: Function
-    function: Function
-    records: list[StepRecord]
-    lowered: Any
-
-
-@dataclass(frozen=True)
 class Kept:
-    """A program that was compiled before.
+    """What became of a captured function.
 
     Attributes:
         captured: before the passes.
         function: after them.
         records: what each pass did, then.
-        executable: ready to run.
+        lowered: what the backend's `load` takes.
     """
 
     captured: Function
     function: Function
     records: list[StepRecord]
-    executable: Executable
+    lowered: Any
 
 
 @dataclass(frozen=True)
@@ -97,47 +87,46 @@ class Keeper:
         key = _HASH("\0".join(parts).encode()).hexdigest()
         return cls(captured, backend, cache_folder() / "programs" / f"{key}.bin")
 
-    def load(self) -> Kept | None:
-        """The program that was kept; None where there is none, or it is damaged.
+    def load(self) -> tuple[Kept, Executable] | None:
+        """The program that was kept, ready to run; None where there is none, or it is damaged.
 
         Raises:
             BackendError: SS4xxx, where its code has to be built again and does not build.
         """
         try:
-            entry = _read(self.path)
+            kept = _read(self.path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, zlib.error, IRError) as error:
             log.warning("compiling anew: %s is damaged: %s", self.path, error)
             return None
-        executable = self.backend.load(entry.lowered)
-        return Kept(entry.captured, entry.function, entry.records, executable)
+        return kept, self.backend.load(kept.lowered)
 
     def compile(self, function: Function, records: list[StepRecord]) -> Executable:
         """The function after the passes, ready to run, and kept for the next process."""
         lowered = self.backend.lower(function)
         executable = self.backend.load(lowered)
         try:
-            _write(self.path, _Entry(self.captured, function, records, lowered))
+            _write(self.path, Kept(self.captured, function, records, lowered))
         except (IRError, OSError) as error:  # it is compiled again next time
             log.info("the compiled program is not kept: %s", error)
         return executable
 
 
-def _write(path: Path, entry: _Entry) -> None:
-    packed = zlib.compress(dumps(entry), 1)
+def _write(path: Path, kept: Kept) -> None:
+    packed = zlib.compress(dumps(kept), 1)
     keep(path, _HASH(packed).digest() + packed)
 
 
-def _read(path: Path) -> _Entry:
+def _read(path: Path) -> Kept:
     data = path.read_bytes()
     head, packed = data[:_HASH_BYTES], data[_HASH_BYTES:]
     if _HASH(packed).digest() != head:
         raise ValueError("it does not have the hash that it begins with")
-    entry = loads(zlib.decompress(packed))
-    if not isinstance(entry, _Entry):
-        raise ValueError(f"it holds a {type(entry).__name__}")
-    return entry
+    kept = loads(zlib.decompress(packed))
+    if not isinstance(kept, Kept):
+        raise ValueError(f"it holds a {type(kept).__name__}")
+    return kept
 
 
 def _is_ours(p: Pass) -> bool:

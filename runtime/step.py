@@ -117,10 +117,11 @@ class _Compiled:
             self.gradients.setdefault(path, tensor)
         before = captured.function
         keeper = None if verify else timed("lookup", lambda: Keeper.of(before, pipeline, backend))
-        kept = timed("load", keeper.load) if keeper else None
-        if kept is not None:
+        found = timed("load", keeper.load) if keeper and keeper.path.exists() else None
+        if found is not None:
+            kept, executable = found
             captured = replace(captured, function=kept.captured)
-            return Program(captured, kept.function, kept.executable, kept.records, seconds, True)
+            return Program(captured, kept.function, executable, kept.records, seconds, True)
         function, records = timed("passes", lambda: pipeline.run(before))
         if verify:
             given = [t.detach().clone() for t in self.bind(captured, arguments)]

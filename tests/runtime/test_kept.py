@@ -153,7 +153,7 @@ def test_another_program_is_compiled(change: dict[str, Any]) -> None:
 
 
 def _at_line(line: int) -> Callable[..., Any]:
-    """A loss whose error is in a line of its own."""
+    """The same loss, further down its file."""
     source = "\n" * line + "def loss(model, x):\n  return model(x).square().mean(), {}\n"
     names: dict[str, Any] = {}
     exec(compile(source, "user.py", "exec"), names)
