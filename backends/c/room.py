@@ -21,6 +21,7 @@ BLOCK, MOST_ROWS = 384, 264  # KC and MC of gemm.c; what follows has the names t
 GROUP, TILES, REUSED, FEW = 4, 512 << 10, 128, 48
 AMX_TILE, AMX_UNITS = 32, 16
 FAR = 64 << 10
+WIDE = ("__AVX512F__", "__AVX512BW__", "__AVX512BF16__", "__AVX512VNNI__")  # what wide.h defines
 FLOAT = 4
 
 
@@ -47,6 +48,8 @@ class Machine:
         lanes = 4
         if names.keys() >= {"__AVX2__", "__FMA__"} and narrow >= 8:
             lanes = 8
+        if "SS_EMULATE_AVX512" in names:
+            names = {**names, **dict.fromkeys(WIDE, "1")}
         if names.keys() >= {"__AVX512F__", "__AVX512BW__"} and narrow == 16:
             lanes = 16
         four = "__AVX512VNNI__" if lanes == 16 else "__AVXVNNI__"

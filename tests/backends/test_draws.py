@@ -41,7 +41,7 @@ def program(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -
 SHAPES = [(1,), (3,), (513,), (5, 1), (3, 1030), (7, 5, 33), (2, 3, 4), (70001,), (1, 9)]
 
 
-@pytest.mark.parametrize("isa", ["native", "avx512", "avx2", "generic"])
+@pytest.mark.parametrize("isa", ["native", "avx512", "avx2", "generic", "emulated-avx512"])
 def test_numbers(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if isa == "avx512" and "avx512f" not in cpu_identity().split():
         pytest.skip(f"this machine has no {isa}")

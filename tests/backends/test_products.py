@@ -405,10 +405,13 @@ void packed_product(void *a, void *b, void *panels, float *c, const int64_t *s, 
 """
 
 
+WIDE = ["-DSS_EMULATE_AVX512", "-O1", "-Wno-psabi"]
 PATHS = {
     "4 lanes": ["-DSS_NARROW=4"],
     "8 lanes": ["-DSS_NARROW=8"],
+    "16 lanes": WIDE,
     "tile registers": ["-DSS_EMULATE_AMX"],
+    "tile registers, 16 lanes": ["-DSS_EMULATE_AMX", *WIDE],
     "tile registers, 4 lanes": ["-DSS_EMULATE_AMX", "-DSS_NARROW=4"],
 }
 
@@ -450,7 +453,10 @@ def scaled(left: bool, right: bool, x: Any, y: Any, scale: Any) -> Any:
     return whole, whole.float() * scale + 1
 
 
-@pytest.mark.parametrize("isa", ["native", "avx512", "avx2", "generic", "emulated-amx"])
+ISAS = ["native", "avx512", "avx2", "generic", "emulated-avx512", "emulated-amx"]
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_integers_with_what_follows(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if isa == "avx512" and "avx512f" not in cpu_identity().split():
         pytest.skip(f"this machine has no {isa}")
