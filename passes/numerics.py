@@ -92,13 +92,13 @@ def difference(
         wrong[what] = _wrong(a, b, exact)
     wrong = _only_marked(wrong)
     if disturbed is not None and not exact:
-        wrong = _unexplained(expected, found, wrong, disturbed)
+        wrong = unexplained(expected, found, wrong, disturbed)
     for what, elements in wrong.items():
         return Difference(what, _describe(expected[what], found[what], elements))
     return None
 
 
-def _unexplained(
+def unexplained(
     expected: dict[str, torch.Tensor],
     found: dict[str, torch.Tensor],
     wrong: dict[str, torch.Tensor],
