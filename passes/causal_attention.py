@@ -22,8 +22,8 @@ OR = frozenset({"aten.bitwise_or.Tensor", "aten.logical_or.default"})
 NOT = frozenset({"aten.bitwise_not.default", "aten.logical_not.default"})
 WHERE, ADD = "aten.where.self", "aten.add.Tensor"
 PAIRS = AND | OR | {ADD}
-# A score less than that weighs nothing beside one that a query may see.
-LOWEST = torch.finfo(torch.bfloat16).min
+# A score of that or less weighs nothing beside one that a query may see.
+LOWEST = -1e9
 TOO_LARGE = "the mask is too large to evaluate"
 DEEPEST = 64  # ops between a mask and what is known of it
 
@@ -79,7 +79,7 @@ class CausalAttention(Pass):
         found: dict[object, tuple[bool, bool] | str] = {}
         told: dict[Op, Op] = {}
         for op, mask in places.items():
-            case = (mask, bool(op.attrs.get("is_causal", False)), _square(op))
+            case = (mask, bool(op.attrs.get("is_causal", False)), _square(op), _fill(op))
             if case not in found:
                 found[case] = masks.read(*case)
             what = found[case]
@@ -107,6 +107,11 @@ def _mask(op: Op) -> Value | None:
     return mask if isinstance(mask, Value) and static else None
 
 
+def _fill(op: Op) -> float:
+    """What scores are that a mask of bools hides."""
+    return float(op.attr("fill")) if op.name in (OWN, OWN_BACKWARD) else -math.inf
+
+
 def _square(op: Op) -> tuple[int, int]:
     """How many queries and keys."""
     q, k = query_key(op)
@@ -117,7 +122,9 @@ def _told(op: Op, causal: bool, needed: bool) -> Op:
     operands = list(op.operands)
     if not needed:
         operands[_place(op)] = None
-    attrs = {**op.attrs, "is_causal": True} if causal else op.attrs
+    attrs = {**op.attrs, "is_causal": True} if causal else dict(op.attrs)
+    for name in ("fill", "safe") if not needed and op.name in (OWN, OWN_BACKWARD) else ():
+        attrs[name] = op.opdef.attr_defaults[name]
     return replace(op, operands=tuple(operands), attrs=attrs)
 
 
@@ -133,21 +140,27 @@ class _Masks:
         self._constants = Constants(function, limit)
         self._known: dict[tuple[Value, bool | None], Tensor | None] = {}
 
-    def read(self, mask: Value, causal: bool, square: tuple[int, int]) -> tuple[bool, bool] | str:
+    def read(
+        self, mask: Value, causal: bool, square: tuple[int, int], fill: float
+    ) -> tuple[bool, bool] | str:
         """Whether attention with this mask is causal, and whether it needs the mask; or why not."""
         if math.prod(square) > self._limit:
             return TOO_LARGE
         earlier = torch.ones(square, dtype=torch.bool).tril()
         elements = self._constants.elements(mask) if mask in self._constants else None
         if elements is not None:
-            hidden = elements <= (-math.inf if elements.dtype is torch.float16 else LOWEST)
-            if bool(((elements == 0) | hidden).all()):
+            chooses = elements.dtype is torch.bool
+            hidden = ~elements if chooses else elements <= LOWEST
+            plain = fill <= LOWEST if chooses else bool(((elements == 0) | hidden).all())
+            if plain:
                 if bool((~hidden | ~earlier if causal else ~hidden).all()):
                     return causal, False
                 if not causal and bool((~hidden == earlier).all()):
                     return True, False
         if causal or bool(earlier.all()):
             return "the mask hides more than later keys"
+        if mask.type.dtype is torch.bool and fill > -math.inf:
+            return "a query that sees nothing gets the mean of all values"
         seen = self.seen(mask)
         if seen is not None and not bool((seen & ~earlier).any()):
             return True, True
@@ -156,8 +169,8 @@ class _Masks:
         return "later keys may be seen"
 
     def seen(self, mask: Value) -> Tensor | None:
-        """Where a mask may be more than -inf."""
-        return None if mask.type.dtype is torch.bool else self._bound(mask, None, 0)
+        """Where a mask may be more than -inf, or true."""
+        return self._bound(mask, True if mask.type.dtype is torch.bool else None, 0)
 
     def may(self, condition: Value, be: bool) -> Tensor | None:
         """Where a condition may be true, or false."""

@@ -22,12 +22,16 @@ from .rules import ALGEBRA
 SOFTMAX, SAFE_SOFTMAX = "aten._softmax.default", "aten._safe_softmax.default"
 SOFTMAXES = frozenset({SOFTMAX, SAFE_SOFTMAX})
 SOFTMAX_BACKWARD = "aten._softmax_backward_data.default"
-VIEW, EXPAND = "aten.view.default", "aten.expand.default"
+VIEW = "aten.view.default"
 PERMUTE, BMM = "aten.permute.default", "aten.bmm.default"
 ADD, MUL, DIV, WHERE = "aten.add.Tensor", "aten.mul.Tensor", "aten.div.Tensor", "aten.where.self"
+FILL, FILL_TENSOR = "aten.masked_fill.Scalar", "aten.masked_fill.Tensor"
+FILLS = (FILL, FILL_TENSOR)
+NOT, AND = "aten.logical_not.default", "aten.logical_and.default"
 UNIFORM, LESS, COPY = "rng.uniform.default", "aten.lt.Scalar", "aten._to_copy.default"
 TURNED = (0, 2, 1)
 FLOATS = (torch.float32, torch.float64)
+FEW = 1 << 20  # the most bytes that are evaluated to know a number
 
 Shape = tuple[int, ...]
 
@@ -42,11 +46,11 @@ class FuseAttention(Pass):
     otherwise, and where values have another size than keys, as in DeepSeek's models. The same
     weights are dropped: those that the random numbers of the program say.
 
-    Attention stays as it is where something else reads scores or weights, where a mask has
-    gradients, and where a plain softmax might give NaN for a query that sees nothing.
+    A mask may be added to scores, or fill some of them in. A query that sees nothing gets what the
+    softmax gives it: NaN, 0, or the mean of all values where hidden scores are finite.
 
-    Attributes:
-        limit: the most bytes of masks that are evaluated.
+    Attention stays as it is where something else reads scores or weights, and where a mask has
+    gradients.
 
     Before:
 
@@ -77,8 +81,6 @@ class FuseAttention(Pass):
         }
     """  # noqa: E501  (IR text)
 
-    limit: int = 1 << 29
-
     numerics: ClassVar[Numerics] = Numerics.REASSOCIATING
 
     def run(self, function: Function) -> tuple[Function, PassReport]:
@@ -86,7 +88,7 @@ class FuseAttention(Pass):
         if not any(op.name in SOFTMAXES for op in function.ops):
             return function, report
         live, _ = DeadCode().run(function)
-        reader, writer = _Reader(live, self.limit), _Writer(live)
+        reader, writer = _Reader(live), _Writer(live)
         for op in live.ops:
             if op.name not in SOFTMAXES:
                 continue
@@ -126,6 +128,20 @@ class _Side:
 
 
 @dataclass(frozen=True)
+class _Mask:
+    """What is added to scores; or conditions, one of which makes a score `fill`.
+
+    Attributes:
+        added: the former.
+        conditions: the latter, the first first, each with what it is where a score stays.
+    """
+
+    added: Value | None = None
+    conditions: tuple[tuple[Value, bool], ...] = ()
+    fill: float = -math.inf
+
+
+@dataclass(frozen=True)
 class _Dropout:
     """Weights are kept where the random number is less than `keep`, and divided by that."""
 
@@ -148,13 +164,18 @@ class _Backward:
 
 @dataclass(frozen=True)
 class _Attention:
-    """What stands around a softmax; `shape` is B, H, T, S."""
+    """What stands around a softmax; `shape` is B, H, T, S.
+
+    Attributes:
+        safe: whether a query that sees nothing gets 0, or NaN.
+    """
 
     shape: Shape
     query: _Side
     key: _Side
     value: _Side
-    mask: Value | None
+    mask: _Mask
+    safe: bool
     scale: float
     dropout: _Dropout | None
     output: Op
@@ -164,13 +185,12 @@ class _Attention:
 class _Reader:
     """Finds attention around a softmax."""
 
-    def __init__(self, function: Function, limit: int) -> None:
+    def __init__(self, function: Function) -> None:
         self._function = function
-        self._limit = limit
         self._users = function.users()
         self._ends = set(function.results)
+        self._constants = Constants(function, FEW)
         self._place = {op: i for i, op in enumerate(function.ops)}
-        self._constants: Constants | None = None
 
     def attention(self, softmax: Op) -> _Attention:
         """The attention whose weights a softmax makes.
@@ -184,15 +204,20 @@ class _Reader:
         shape = weights.type.static_shape
         if softmax.attr("dim") not in (-1, len(shape) - 1) or not math.prod(shape):
             raise _NotAttention
-        product, mask, scale = self._scores(softmax.inputs[0])
+        filled, mask = self._unfilled(softmax.inputs[0])
+        product, added, scale = self._scores(filled)
         if any(v.type.dtype not in FLOATS for v in (weights, *product.inputs)):
             raise _NotAttention("scores of a type that kernels do not add up in")
-        if mask is not None:
-            self._check_mask(mask, softmax)
+        if added is not None:
+            if mask.conditions:
+                raise _NotAttention("scores that a mask is added to and others fill in")
+            if added.type.dtype is not weights.type.dtype:
+                raise _NotAttention("a mask of another type than scores")
+            mask = _Mask(added)
         left, right = product.inputs
         dropout, output, rest = self._second(softmax)
         value = output.inputs[1]
-        back = self._backward(rest, product, scale, output, dropout) if rest else None
+        back = self._backward(rest, product, scale, mask, output, dropout) if rest else None
         query, first = self._unscaled_side(left, back.of_query if back else None)
         key, second = self._unscaled_side(right, back.of_key if back else None)
         return _Attention(
@@ -201,6 +226,7 @@ class _Reader:
             replace(key, turned=True),
             _Side(self._unmerged(value), back.of_value if back else None),
             mask,
+            softmax.name == SAFE_SOFTMAX,
             scale * first * second,
             dropout,
             output,
@@ -278,29 +304,37 @@ class _Reader:
         batch, heads, *rest = v.type.static_shape
         return op.inputs[0] if op.inputs[0].type.shape == (batch * heads, *rest) else v
 
-    def _check_mask(self, mask: Value, softmax: Op) -> None:
-        if mask.type.dtype is not softmax.result.type.dtype:
-            raise _NotAttention("a mask of another type than scores")
-        if softmax.name == SOFTMAX and not self._leaves_some(mask):
-            raise _NotAttention("a mask that may hide every key from a query: that gives NaN")
+    def _unfilled(self, v: Value) -> tuple[Value, _Mask]:
+        """Scores before conditions filled some in with one number, and the conditions."""
+        conditions: list[tuple[Value, bool]] = []
+        fill: float | None = None
+        while (found := self._choice(v)) is not None and fill in (None, found[3]):
+            source, condition, kept, fill = found
+            conditions.insert(0, (condition, kept))
+            v = source
+        return v, _Mask(None, tuple(conditions), -math.inf if fill is None else fill)
 
-    def _leaves_some(self, mask: Value) -> bool:
-        """Whether each row of a mask certainly has something else than -inf."""
-        if self._constants is None:
-            self._constants = Constants(self._function, self._limit)
-        known = self._constants.elements(mask) if mask in self._constants else None
-        if known is not None:
-            return bool((known.amax(-1) > -math.inf).all())
-        return self._is_finite(mask, self._constants)
+    def _choice(self, v: Value) -> tuple[Value, Value, bool, float] | None:
+        """Elements, the condition for them, whether it is true there, and the number elsewhere."""
+        op = self._made_by(v, WHERE, *FILLS)
+        if op is None:
+            return None
+        if op.name == WHERE:
+            condition, x, y = op.inputs
+            choices = [(x, True, self._number_of(y)), (y, False, self._number_of(x))]
+        else:
+            x, condition = op.inputs[:2]
+            given = op.attr("value") if op.name == FILL else self._number_of(op.inputs[2])
+            choices = [(x, False, None if given is None else float(given))]
+        for source, kept, number in choices:
+            if number is not None and number < math.inf and source.type == v.type:
+                return source, condition, kept, number
+        return None
 
-    def _is_finite(self, v: Value, constants: Constants) -> bool:
-        """Whether no element is -inf, whatever conditions choose."""
-        known = constants.elements(v) if v in constants else None
-        if known is not None:
-            return bool((known > -math.inf).all())
-        op = self._made_by(v, WHERE, VIEW, EXPAND)
-        chosen = () if op is None else op.inputs[op.name == WHERE :]
-        return bool(chosen) and all(self._is_finite(x, constants) for x in chosen)
+    def _number_of(self, v: Value) -> float | None:
+        """What a constant of no dimension is."""
+        known = self._constants.elements(v) if not v.type.rank and v in self._constants else None
+        return None if known is None else float(known)
 
     def _second(self, softmax: Op) -> tuple[_Dropout | None, Op, set[Op]]:
         """Dropout, the product of weights and values, and who else reads the softmax and weights.
@@ -354,7 +388,13 @@ class _Reader:
     # -- backward ------------------------------------------------------------------------------
 
     def _backward(
-        self, rest: set[Op], product: Op, scale: float, output: Op, dropout: _Dropout | None
+        self,
+        rest: set[Op],
+        product: Op,
+        scale: float,
+        mask: _Mask,
+        output: Op,
+        dropout: _Dropout | None,
     ) -> _Backward:
         """The gradients of both products, `rest` being who reads weights in the backward pass."""
         if len(rest) != 2:
@@ -375,12 +415,17 @@ class _Reader:
             raise _NotAttention("gradients of weights that come from elsewhere")
         if not self._are_turned(first.inputs[1], output.inputs[1]):
             raise _NotAttention("gradients of weights that come from elsewhere")
-        of_query, of_key = self._of_scores(softmax.result, product, scale)
+        of_query, of_key = self._of_scores(softmax.result, product, scale, mask)
         start = min(first, of_value, key=self._place.__getitem__)
         return _Backward(start, grad, of_query.result, of_key.result, of_value.result)
 
-    def _of_scores(self, v: Value, product: Op, scale: float) -> tuple[Op, Op]:
+    def _of_scores(self, v: Value, product: Op, scale: float, mask: _Mask) -> tuple[Op, Op]:
         """The two products that read the gradient of the scores."""
+        for condition in reversed(mask.conditions):
+            chosen = self._only(v, WHERE, *FILLS).result
+            if self._choice(chosen) != (v, *condition, 0.0):
+                raise _NotAttention("gradients of scores that are filled in otherwise")
+            v = chosen
         if scale != 1:
             scaled = self._only(v, MUL, DIV)
             if _number(scaled) != scale:
@@ -452,13 +497,15 @@ class _Writer:
         out = found.output.result
         add = _Adder(ops, self._names, found.output.loc)
         sides = [self._rows(add, s, found.shape) for s in (found.query, found.key, found.value)]
-        mask = None if found.mask is None else _mask(add, found.mask, found.shape)
+        mask = _written(add, found.mask, found.shape)
         attrs: dict[str, object] = {"scale": found.scale, "is_causal": False}
+        if mask is not None:
+            attrs |= {"fill": found.mask.fill, "safe": found.safe}
         names, more = (OWN, OWN_BACKWARD), list[Value | None]()
         if found.dropout is not None:
             attrs |= {"keep": found.dropout.keep, "site": found.dropout.site}
             more = [found.dropout.rng]
-        elif sides[1].type != sides[2].type:
+        elif sides[1].type != sides[2].type or mask is not None:
             more = [None]
         else:
             names = FORWARD, BACKWARD
@@ -521,10 +568,21 @@ def _view(v: Value, result: Value, loc: Loc) -> Op:
     return replace(op, results=(result,))
 
 
-def _mask(add: _Adder, mask: Value, shape: Shape) -> Value:
-    """A mask of two or four dimensions; of three, the first is that of batch and heads."""
+def _written(add: _Adder, mask: _Mask, shape: Shape) -> Value | None:
+    """A mask as attention reads it: added, or true where scores stay."""
+    if mask.added is not None:
+        return _of_four(add, mask.added, shape)
+    whole: Value | None = None
+    for condition, kept in mask.conditions:
+        shown = _of_four(add, condition if kept else add(NOT, condition), shape)
+        whole = shown if whole is None else add.all(AND, (whole, shown), {}, shown.name)[0]
+    return whole
+
+
+def _of_four(add: _Adder, mask: Value, shape: Shape) -> Value:
+    """A mask of four dimensions; of three, the first is that of batch and heads."""
     rank, sizes = mask.type.rank, mask.type.static_shape
-    if rank in (2, 4):
+    if rank == 4:
         return mask
     of_three = shape[1] == 1 and rank == 3
     return add(

@@ -50,7 +50,7 @@ LOWERED: dict[str, frozenset[str]] = {
         {"attn_mask", "logsumexp"}
     ),
     "attention.softmax.default": frozenset({"attn_mask"}),
-    "attention.softmax_backward.default": frozenset({"attn_mask", "logsumexp"}),
+    "attention.softmax_backward.default": frozenset({"attn_mask", "statistics"}),
 }
 PRODUCT_OF = {
     "aten.addmm.default": "aten.mm.default",

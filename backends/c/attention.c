@@ -2,9 +2,8 @@
  *
  * For each block of queries: scores of a block of keys, their weights, what they add to the output;
  * the largest score so far and the sum of weights are corrected on the way. The gradients compute the
- * weights again from the log-sum-exp. Scores are kept as powers of two. Threads split heads and
- * blocks of queries (gradients: heads of keys), never a sum: results are equal for every number of
- * threads.
+ * weights again from the log-sum-exp. Threads split heads and blocks of queries (gradients: heads of
+ * keys), never a sum: results are equal for every number of threads.
  *
  * Source: Dao, "FlashAttention-2", algorithms 1 and 2. */
 #include "attention.h"

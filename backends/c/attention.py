@@ -25,17 +25,18 @@ BACKWARD = "aten._scaled_dot_product_flash_attention_for_cpu_backward.default"
 OWN, OWN_BACKWARD = "attention.softmax.default", "attention.softmax_backward.default"
 FORWARD_OPERANDS = ("q", "k", "v", "mask", "key")
 BACKWARD_OPERANDS = ("grad", "q", "k", "v", "out", "lse", "mask", "key")
+OWN_ATTRS = ("keep", "site", "fill", "safe")
 HEADER = Path(__file__).with_name("attention.h")
 
 KINDS = {
     torch.float32: "SS_ELEM_F32", torch.bfloat16: "SS_ELEM_BF16", torch.float16: "SS_ELEM_F16",
     torch.float64: "SS_ELEM_F64",
 }  # fmt: skip
+MASKS = {**KINDS, torch.bool: "SS_ELEM_BOOL"}
 UNLIKE = frozenset({"lse", "mask", "key"})  # of another type than the others
 PARALLEL_WORK = 1 << 19  # multiplications below which a second thread costs more than it saves
 
 HEADS_INSIDE = (0, 2, 1, 3)  # stored as [B, T, H, D]: the permutation after attention is free
-ROW_MAJOR = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Case:
     """One call: its operands by name, and sizes.
 
     Where there is a `key` of random numbers, weights whose number is not less than `keep` are
-    dropped; `site` is the draw's.
+    dropped; `site` is the draw's. Scores that a mask of bools hides are `fill`; a query all of
+    whose scores are -inf gets 0 where it is `safe`, else NaN.
     """
 
     backward: bool
@@ -52,12 +54,19 @@ class Case:
     scale: float
     keep: float = 1.0
     site: int = 0
+    fill: float = -math.inf
+    safe: bool = True
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int, int]:
         """B, H, G, T, S, D, E."""
         q, k, v = (self.refs[n].shape for n in ("q", "k", "v"))
         return q[0], q[1], k[1], q[2], k[2], q[3], v[3]
+
+    @property
+    def hides(self) -> bool:
+        """Whether the mask chooses scores, and is not added to them."""
+        return "mask" in self.refs and self.refs["mask"].dtype is torch.bool
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,9 +82,13 @@ def _case(op: Op, operands: tuple[NodeOperand, ...]) -> Case | str | None:
     scale = op.attrs.get("scale")
     width = refs["q"].shape[-1]
     factor = float(scale) if scale is not None else 1 / math.sqrt(max(width, 1))
-    keep, site = float(op.attrs.get("keep", 1.0)), int(op.attrs.get("site", 0))
-    case = Case(backward, refs, bool(op.attrs.get("is_causal", False)), factor, keep, site)
+    more = {name: op.attr(name) for name in OWN_ATTRS} if _is_own(op) else {}
+    case = Case(backward, refs, bool(op.attrs.get("is_causal", False)), factor, **more)
     return _refusal(op, case) or case
+
+
+def _is_own(op: Op) -> bool:
+    return op.name in (OWN, OWN_BACKWARD)
 
 
 def _refusal(op: Op, case: Case) -> str:
@@ -90,7 +103,8 @@ def _refusal(op: Op, case: Case) -> str:
         return f"elements of {DTYPE_NAMES.get(case.dtype, case.dtype)}"
     if any(r.dtype is not case.dtype for n, r in case.refs.items() if n not in UNLIKE):
         return "operands of several types"
-    if mask is not None and (mask.dtype not in KINDS or len(mask.shape) not in (2, 4)):
+    kinds = MASKS if _is_own(op) else KINDS
+    if mask is not None and (mask.dtype not in kinds or len(mask.shape) not in (2, 4)):
         return f"a mask of {DTYPE_NAMES.get(mask.dtype, mask.dtype)}{list(mask.shape)}"
     if "key" in case.refs and (case.refs["key"].layout.strides != (1,) or not case.keep > 0):
         return "random numbers whose key lies apart, or nothing to keep"
@@ -106,7 +120,9 @@ def result_orders(op: Op, operands: tuple[NodeOperand, ...]) -> Orders | None:
     case = _case(op, operands)
     if not isinstance(case, Case):
         return None
-    return (HEADS_INSIDE,) * 3 if case.backward else (HEADS_INSIDE, ROW_MAJOR)
+    if case.backward:
+        return (HEADS_INSIDE,) * 3
+    return HEADS_INSIDE, tuple(range(op.results[1].type.rank))
 
 
 def claim(node: Node) -> Claim | str | None:
@@ -129,7 +145,8 @@ def claim(node: Node) -> Claim | str | None:
 
 def _comment(node: Node, case: Case) -> str:
     shape = ",".join(map(str, case.refs["q"].shape))
-    weights = "softmax(scale q k^T + mask)"
+    scores = "where(mask, scale q k^T, fill)" if case.hides else "scale q k^T + mask"
+    weights = f"softmax({scores})"
     if "key" in case.refs:
         weights = f"dropout({weights})"
     what = f"gradients of {weights} v" if case.backward else (
@@ -143,7 +160,8 @@ def _comment(node: Node, case: Case) -> str:
 def _body(case: Case, named: dict[str, Ref], slots: int, scratch: int) -> str:
     batch, heads, groups, queries, keys, width, high = case.sizes
     mask = named.get("mask")
-    mask_kind = KINDS[mask.dtype] if mask is not None else "-1"
+    mask_kind = MASKS[mask.dtype] if mask is not None else "-1"
+    fill = repr(case.fill) if math.isfinite(case.fill) else "-INFINITY"
     strided = [(n, r) for n, r in named.items() if n != "key"]
     lines = [
         "static const ss_attention s = {",
@@ -151,6 +169,7 @@ def _body(case: Case, named: dict[str, Ref], slots: int, scratch: int) -> str:
         f"    .queries = {queries}, .keys = {keys}, .depth = {width}, .value_depth = {high},",
         f"    .scale = {case.scale!r}, .causal = {int(case.causal)},",
         f"    .kind = {KINDS[case.dtype]}, .mask_kind = {mask_kind},",
+        f"    .fill = {fill}, .safe = {int(case.safe)},",
         *_dropping(case),
         *(f"    .{n} = {{{', '.join(map(str, _strides(n, r)))}}}," for n, r in strided),
         f"    .scratch = {scratch},",
@@ -172,6 +191,8 @@ def _dropping(case: Case) -> list[str]:
 
 def _strides(name: str, ref: Ref) -> tuple[int, ...]:
     """Of the four dimensions of the kernel; a mask is broadcast."""
+    if name == "lse":
+        return (*ref.layout.strides, 0)[:4]
     if name != "mask":
         return ref.layout.strides
     steps = [0 if n == 1 else s for n, s in zip(ref.shape, ref.layout.strides, strict=True)]
@@ -214,7 +235,7 @@ def _scratch_bytes(case: Case) -> int:
         queries, block = _constant("SS_BACKWARD_QUERIES"), _constant("SS_BACKWARD_KEYS")
         square = queries * block
         counts = [rows * width] * 3 + [rows * high] * 2 + [queries * width] * 3
-        counts += [queries * high] * 2 + [queries] * 2
+        counts += [queries * high] * 2 + [queries] * 3
         counts += [max(square, packed), square] + [square // 2] * 3
     return sum(_up(n * size, 64) for n in counts)
 

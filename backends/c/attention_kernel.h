@@ -238,21 +238,29 @@ static void NAME(unpack_row)(
 
 /* -- scores ------------------------------------------------------------------------------------ */
 
-/* row[0..n) as powers of two with the mask added. */
+/* row[0..n) as scores that the mask is added to or chooses from: (score - from) unit. */
 static void NAME(add_mask)(
-    const ss_attention *s, const void *mask, int64_t at, int64_t n, REAL *restrict row) {
-    const REAL c = (REAL)(s->scale * SS_LOG2E), log2e = (REAL)SS_LOG2E;
+    const ss_attention *s, const void *mask, int64_t at, int64_t n, REAL from, REAL unit,
+    REAL *restrict row) {
+    const REAL scale = (REAL)s->scale, fill = (REAL)s->fill;
     const int64_t step = s->mask.d;
-#define SS_ADD(T, f)                                                                               \
+#define SS_ADD(T, SCORE)                                                                           \
     {                                                                                              \
         const T *restrict m = (const T *)mask + at;                                                \
-        if (step == 1) for (int64_t j = 0; j < n; j++) row[j] = row[j] * c + f(m[j]) * log2e;      \
-        else for (int64_t j = 0; j < n; j++) row[j] = row[j] * c + f(m[j * step]) * log2e;         \
+        if (step == 1) for (int64_t j = 0; j < n; j++) row[j] = (SCORE(m[j]) - from) * unit;       \
+        else for (int64_t j = 0; j < n; j++) row[j] = (SCORE(m[j * step]) - from) * unit;          \
     }
-    if (s->mask_kind == SS_ELEM_F32) SS_ADD(float, )
-    else if (s->mask_kind == SS_ELEM_BF16) SS_ADD(uint16_t, ss_from_bf16)
-    else if (s->mask_kind == SS_ELEM_F16) SS_ADD(_Float16, (REAL))
-    else SS_ADD(double, (REAL))
+#define SS_SUM(x) (row[j] * scale + (REAL)(x))
+#define SS_SUM_BF16(x) (row[j] * scale + ss_from_bf16(x))
+#define SS_CHOICE(x) ((x) ? row[j] * scale : fill)
+    if (s->mask_kind == SS_ELEM_F32) SS_ADD(float, SS_SUM)
+    else if (s->mask_kind == SS_ELEM_BF16) SS_ADD(uint16_t, SS_SUM_BF16)
+    else if (s->mask_kind == SS_ELEM_F16) SS_ADD(_Float16, SS_SUM)
+    else if (s->mask_kind == SS_ELEM_F64) SS_ADD(double, SS_SUM)
+    else SS_ADD(uint8_t, SS_CHOICE)
+#undef SS_CHOICE
+#undef SS_SUM_BF16
+#undef SS_SUM
 #undef SS_ADD
 }
 
@@ -280,7 +288,7 @@ static void NAME(draw)(
 
 /* -- forward ----------------------------------------------------------------------------------- */
 
-/* What a row knows of the scores so far. */
+/* What a row knows of the scores so far; the total is of exp(score - largest). */
 typedef struct { REAL largest, total; } NAME(row);
 
 /* Scores row[0..n) to weights in units, zeros up to width; the factor for what was summed before.
@@ -293,14 +301,14 @@ SS_INLINE REAL NAME(weigh)(
     NAME(fill)(row, n, full, -INFINITY);
     VEC top = VSET((REAL)-INFINITY);
     for (int64_t j = 0; j < full; j += LANES) top = VMAX(NAME(load)(row + j), top);
-    const REAL here = VLARGEST(top) * c;
+    const REAL here = VLARGEST(top);
     const REAL largest = here > known->largest ? here : known->largest;
     const REAL from = largest == -INFINITY ? 0 : largest;
     VEC total = {0};
     for (int64_t j = 0; j < full; j += KU * LANES) {
         VEC p[KU];
         _Pragma("GCC unroll 2") for (int l = 0; l < KU; l++)
-            p[l] = VEXP2(VFMA(NAME(load)(row + j + l * LANES), VSET(c), VSET(-from)));
+            p[l] = VEXP2((NAME(load)(row + j + l * LANES) - VSET(from)) * VSET(c));
         UVEC u = VUNITS(p);
         total = VSTEP(total, ONES, u);
         if (kept) {
@@ -311,7 +319,7 @@ SS_INLINE REAL NAME(weigh)(
     }
     memset((UNIT *)row + full / KU, 0, (width - full) / KU * sizeof(UNIT));
     const int first = known->largest == -INFINITY; /* nothing was summed before */
-    const REAL factor = first ? 1 : VEXP2(VSET(known->largest - from))[0];
+    const REAL factor = first ? 1 : VEXP2(VSET((known->largest - from) * c))[0];
     known->largest = largest;
     known->total = known->total * factor + VSUM(total);
     return factor;
@@ -332,7 +340,7 @@ static void NAME(forward_block)(
     const int64_t ld = SS_FORWARD_KEYS;
     const int64_t end = s->causal ? ss_least(s->keys, t0 + n) : s->keys;
     const int has_mask = s->mask_kind >= 0;
-    const REAL c = has_mask ? 1 : (REAL)(s->scale * SS_LOG2E);
+    const REAL scale = has_mask ? 1 : (REAL)s->scale, c = scale * (REAL)SS_LOG2E;
     NAME(pack)(b[0], batch * s->q.b + head * s->q.h + t0 * s->q.t, s->q, s->kind, n, s->depth,
                width, w->q);
     for (int64_t i = 0; i < n; i++) w->rows[i] = (NAME(row)){-INFINITY, 0};
@@ -348,7 +356,7 @@ static void NAME(forward_block)(
             const int64_t seen = NAME(seen)(s, t0 + i, k0, some);
             if (has_mask)
                 NAME(add_mask)(s, b[3], batch * s->mask.b + head * s->mask.h +
-                               (t0 + i) * s->mask.t + k0 * s->mask.d, seen, row);
+                               (t0 + i) * s->mask.t + k0 * s->mask.d, seen, 0, 1, row);
             REAL kept[SS_FORWARD_KEYS], factor;
             if (s->drops) {
                 NAME(draw)(s, b[3 + has_mask], batch, head, t0 + i, k0, ss_up(seen, KU * LANES), 1,
@@ -365,14 +373,17 @@ static void NAME(forward_block)(
                       (ss_clip){INT64_MAX / 4, ahead, -INT64_MAX / 4});
     }
     void *const *to = b + 3 + has_mask + s->drops;
-    const REAL keep = s->drops ? (REAL)s->keep : 1;
+    const REAL keep = s->drops ? (REAL)s->keep : 1, blind = s->safe ? 0 : (REAL)NAN;
     for (int64_t i = 0; i < n; i++) {
-        const REAL total = w->rows[i].total;
-        NAME(unpack_row)(w->out + i * high, total == 0 ? 0 : 1 / (total * keep), to[0],
+        const REAL total = w->rows[i].total, largest = w->rows[i].largest * scale;
+        const REAL rest = total == 0 ? blind : RLOG(total);
+        NAME(unpack_row)(w->out + i * high, total == 0 ? blind : 1 / (total * keep), to[0],
                          batch * s->out.b + head * s->out.h + (t0 + i) * s->out.t, s->out.d,
                          s->kind, s->value_depth);
-        ((REAL *)to[1])[batch * s->lse.b + head * s->lse.h + (t0 + i) * s->lse.t] =
-            total == 0 ? 0 : w->rows[i].largest * (REAL)SS_LN2 + RLOG(total);
+        REAL *lse = (REAL *)to[1] + batch * s->lse.b + head * s->lse.h + (t0 + i) * s->lse.t;
+        lse[0] = largest == -INFINITY ? 0 : largest;
+        if (s->lse.d) lse[s->lse.d] = rest;
+        else lse[0] += rest;
     }
 }
 
@@ -434,7 +445,7 @@ typedef struct {
     UNIT *q_rows, *grad_rows;
     UNIT *weights_t, *grads, *grads_t; /* of one block of scores; _t: summed over queries */
     UNIT *turned;           /* one of the latter with its rows and columns exchanged */
-    REAL *scores, *grad_scores, *dq, *dk, *dv, *lse, *delta;
+    REAL *scores, *grad_scores, *dq, *dk, *dv, *from, *lse, *delta;
 } NAME(backward_scratch);
 
 /* Weights from scores, and gradients of scores from products; `kept` as above. */
@@ -522,6 +533,22 @@ SS_INLINE void NAME(differentiate_rows)(
 #endif
 }
 
+/* No gradient for scores that the mask replaced, nor behind the n-th, of row r of those at i. */
+static void NAME(hide)(
+    NAME(backward_scratch) *w, const uint8_t *shown, int64_t step, int64_t i, int r, int64_t n,
+    int64_t width) {
+    const int64_t ld = SS_BACKWARD_KEYS;
+    REAL *grad = w->grad_scores + (i + r) * ld;
+#if KU == 2
+    uint16_t *halves = (uint16_t *)grad, *turned = (uint16_t *)(w->grads_t + i / 2 * ld) + r;
+    for (int64_t j = 0; j < width; j++)
+        if (j >= n || !shown[j * step]) halves[j] = turned[2 * j] = 0;
+#else
+    for (int64_t j = 0; j < n; j++) grad[j] = shown[j * step] ? grad[j] : 0;
+    for (int64_t j = n; j < width; j++) grad[j] = 0;
+#endif
+}
+
 /* c[n][width] += p^T rows, for p of m queries in pairs. Tile registers want rows of p^T in memory. */
 static void NAME(gather)(
     NAME(backward_scratch) *w, int64_t n, int64_t m, int64_t width, const UNIT *p,
@@ -545,6 +572,7 @@ static void NAME(backward_block)(
     const ss_attention *s, void *const *b, NAME(backward_scratch) *w, int64_t batch, int64_t head,
     int64_t t0) {
     const int has_mask = s->mask_kind >= 0;
+    const int hides = s->mask_kind == SS_ELEM_BOOL && (!s->safe || s->fill > -INFINITY);
     const int64_t n = ss_least(SS_BACKWARD_QUERIES, s->queries - t0);
     const int64_t m = ss_up(n, KU == 2 && ss_use_tiles ? 32 : 4);
     const int64_t width = ss_up(s->depth, 16), units = width / KU, ld = SS_BACKWARD_KEYS;
@@ -566,8 +594,10 @@ static void NAME(backward_block)(
         const int64_t t = t0 + i;
         const int64_t ahead = batch * s->out.b + head * s->out.h + (t + SS_AHEAD) * s->out.t;
         ss_fetch((const char *)b[4] + ahead * size, s->value_depth * size);
-        const REAL lse = ((const REAL *)b[5])[batch * s->lse.b + head * s->lse.h + t * s->lse.t];
-        w->lse[i] = lse == -INFINITY ? 0 : lse * (REAL)SS_LOG2E;
+        const REAL *lse = (const REAL *)b[5] + batch * s->lse.b + head * s->lse.h + t * s->lse.t;
+        const REAL rest = s->lse.d ? lse[s->lse.d] : 0;
+        w->from[i] = *lse == -INFINITY ? 0 : *lse;
+        w->lse[i] = (has_mask ? rest : w->from[i] + rest) * (REAL)SS_LOG2E;
         w->delta[i] = NAME(dot)(b[0], batch * s->grad.b + head * s->grad.h + t * s->grad.t,
                                 s->grad.d, b[4], batch * s->out.b + head * s->out.h + t * s->out.t,
                                 s->out.d, s->kind, s->value_depth);
@@ -582,14 +612,16 @@ static void NAME(backward_block)(
                       units * SS_PANEL, w->scores, ld, 0, upper);
         NAME(product)(m, wide, lines, w->grad, lines, 1, w->values + k0 * lines, SS_PANEL,
                       lines * SS_PANEL, w->grad_scores, ld, 0, upper);
+        const int64_t mask =
+            batch * s->mask.b + head * s->mask.h + t0 * s->mask.t + k0 * s->mask.d;
         for (int64_t i = 0; i < m; i += KU) {
             int64_t seen[KU];
             REAL kept[KU * SS_BACKWARD_KEYS];
             for (int64_t r = 0, q = i; r < KU; r++, q++) {
                 seen[r] = q < n ? NAME(seen)(s, t0 + q, k0, some) : 0;
                 if (has_mask && seen[r])
-                    NAME(add_mask)(s, b[6], batch * s->mask.b + head * s->mask.h +
-                                   (t0 + q) * s->mask.t + k0 * s->mask.d, seen[r], w->scores + q * ld);
+                    NAME(add_mask)(s, b[6], mask + q * s->mask.t, seen[r], w->from[q],
+                                   (REAL)SS_LOG2E, w->scores + q * ld);
             }
             if (s->drops) {
                 const int64_t full = ss_up(ss_most(seen[0], seen[KU - 1]), KU * LANES);
@@ -600,6 +632,9 @@ static void NAME(backward_block)(
             } else {
                 NAME(differentiate_rows)(w, i, seen, 0, wide, c);
             }
+            for (int r = 0; hides && r < KU; r++)
+                NAME(hide)(w, (const uint8_t *)b[6] + mask + (i + r) * s->mask.t, s->mask.d, i, r,
+                           seen[r], wide);
         }
         const int64_t rows = ss_up(some, 4);
         const ss_clip lower = {INT64_MAX / 4, INT64_MAX / 4, -ahead};
@@ -666,6 +701,7 @@ static void NAME(backward)(
     w.q = w.q_rows = ss_take(&at, width * row);
     w.grad = w.grad_rows = ss_take(&at, high * row);
     w.dq = ss_take(&at, SS_BACKWARD_QUERIES * width * sizeof(REAL));
+    w.from = ss_take(&at, SS_BACKWARD_QUERIES * sizeof(REAL));
     w.lse = ss_take(&at, SS_BACKWARD_QUERIES * sizeof(REAL));
     w.delta = ss_take(&at, SS_BACKWARD_QUERIES * sizeof(REAL));
     w.scores = ss_take(&at, ss_most(square, panel * sizeof(REAL)));

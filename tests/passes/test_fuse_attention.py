@@ -88,6 +88,61 @@ def padded(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
     return (q @ k.mT * 0.5 + mask).softmax(-1) @ v
 
 
+def added_and_hiding(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """For all that can be known, a query may see nothing: NaN."""
+    mask = torch.where(seen(lengths, k.shape[-2]), 0.0, -math.inf)
+    return (q @ k.mT + mask).softmax(-1) @ v
+
+
+def added_by_halves(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """Both masks leave some keys, but what is chosen of them may not."""
+    s = k.shape[-2]
+    one, other = (torch.where((torch.arange(s) < 5) == b, 0.0, -math.inf) for b in (True, False))
+    mask = torch.where(seen(lengths, s), one, other)
+    return (q @ k.mT + mask).softmax(-1) @ v
+
+
+def filled(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    """As in nanoGPT."""
+    return (q @ k.mT * 0.5).masked_fill(later(q), -math.inf).softmax(-1) @ v
+
+
+def filled_where_padded(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    mask = seen(lengths, k.shape[-2])
+    return F.dropout((q @ k.mT * 0.5).masked_fill(mask == 0, -1e9).softmax(-1), 0.2) @ v
+
+
+def filled_with_infinity(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    return (q @ k.mT).masked_fill(~seen(lengths, k.shape[-2]), -math.inf).softmax(-1) @ v
+
+
+def filled_with_little(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """Hidden keys have weights, but no gradients through them."""
+    return (q @ k.mT * 0.5).masked_fill(~seen(lengths, k.shape[-2]), -0.7).softmax(-1) @ v
+
+
+def filled_twice(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    scores = (q @ k.mT * 0.5).masked_fill(later(q), LOWEST)
+    return torch.where(seen(lengths, k.shape[-2]), scores, LOWEST).softmax(-1) @ v
+
+
+def filled_on_the_left(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """Rows of padding see nothing: hidden scores are all equal there."""
+    hidden = ~seen(lengths, k.shape[-2]).flip(-1) | later(q)
+    return torch.where(hidden, LOWEST, q @ k.mT * 0.5).softmax(-1) @ v
+
+
+def filled_with_a_tensor(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    mask = seen(lengths, k.shape[-2])
+    return (q @ k.mT).masked_fill(~mask, torch.tensor(-1e4)).softmax(-1) @ v
+
+
+def filled_in_three_dimensions(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    mask = seen(lengths, k.shape[-2])[:, 0].repeat_interleave(3, 0)
+    return ((q @ k.mT * 0.3).masked_fill(~mask, -1e9).softmax(-1) @ v).view(2, 3, -1, 8)
+
+
 def with_dropout(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
     return F.dropout((q @ k.mT * 0.5).softmax(-1), 0.3) @ v
 
@@ -124,9 +179,12 @@ def short_values(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
 
 FUSED: list[Form] = [
     plain, scaled_scores, scaled_queries, scaled_everywhere, scaled_and_read, of_three_dimensions,
-    of_three_with_mask, lengths_first, causal, padded, with_dropout, of_three_with_dropout,
+    of_three_with_mask, lengths_first, causal, padded, added_and_hiding, added_by_halves, filled,
+    filled_where_padded, filled_with_infinity, filled_with_little, filled_twice, filled_on_the_left,
+    filled_with_a_tensor, filled_in_three_dimensions, with_dropout, of_three_with_dropout,
     by_pytorch, causal_by_pytorch, masked_by_pytorch, shared_heads, short_values,
 ]  # fmt: skip
+MASKED = [f for f in FUSED if f.__name__.startswith(("padded", "added", "filled", "masked"))]
 
 
 # -- what stays --------------------------------------------------------------------------------
@@ -150,12 +208,6 @@ def over_queries(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-2) @ v
 
 
-def hiding(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    """For all that can be known, a query may see nothing: NaN."""
-    mask = torch.where(seen(lengths, k.shape[-2]), 0.0, -math.inf)
-    return (q @ k.mT + mask).softmax(-1) @ v
-
-
 def with_bias(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
     """What is added has a gradient."""
     bias = q.sum(-1, keepdim=True) * torch.arange(k.shape[-2])
@@ -168,16 +220,26 @@ def of_one_head(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
     return (weights.flatten(1, 2) @ v[:, 0]).unflatten(1, (3, -1))
 
 
-def hiding_by_halves(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    """Both masks leave some keys, but what is chosen of them may not."""
-    s = k.shape[-2]
-    one, other = (torch.where((torch.arange(s) < 5) == b, 0.0, -math.inf) for b in (True, False))
-    mask = torch.where(seen(lengths, s), one, other)
-    return (q @ k.mT + mask).softmax(-1) @ v
-
-
 def dropped_twice(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
     return F.dropout(F.dropout((q @ k.mT).softmax(-1), 0.3), 0.3) @ v
+
+
+def filled_with_two_numbers(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    scores = (q @ k.mT).masked_fill(later(q), LOWEST)
+    return scores.masked_fill(~seen(lengths, k.shape[-2]), -math.inf).softmax(-1) @ v
+
+
+def filled_with_no_number(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    return (q @ k.mT).masked_fill(~seen(lengths, k.shape[-2]), math.nan).softmax(-1) @ v
+
+
+def filled_and_added(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    mask = torch.where(seen(lengths, k.shape[-2]), 0.0, -1e4)
+    return (q @ k.mT + mask).masked_fill(later(q), LOWEST).softmax(-1) @ v
+
+
+def filled_with_what_has_gradients(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    return torch.where(seen(lengths, k.shape[-2]), q @ k.mT, v.sum()).softmax(-1) @ v
 
 
 def other_factors(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
@@ -186,8 +248,9 @@ def other_factors(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
 
 
 STAY: list[Form] = [
-    read_weights, read_kept_weights, negative_scale, over_queries, hiding, with_bias, dropped_twice,
-    other_factors, of_one_head, hiding_by_halves,
+    read_weights, read_kept_weights, negative_scale, over_queries, with_bias, dropped_twice,
+    other_factors, of_one_head, filled_with_two_numbers, filled_and_added, filled_with_no_number,
+    filled_with_what_has_gradients,
 ]  # fmt: skip
 
 
@@ -210,16 +273,18 @@ def loss(model: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
 BATCH = [torch.randn(2, 11, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([11, 3])]
 
 
-def train(form: Form, precision: str = "fp32", tolerance: float = 2e-5) -> tuple[Step, PassReport]:
+def train(
+    form: Form, precision: str = "fp32", tolerance: float = 2e-5, lengths: Tensor = BATCH[1]
+) -> tuple[Step, PassReport]:
     """Three steps beside those of the program as captured, by the reference."""
     torch.manual_seed(0)
-    model = Layer(form)
+    model, batch = Layer(form), [BATCH[0], lengths]
     found: list[tuple[Layer, list[Tensor]]] = []
     for options in ({"backend": "reference", "passes": []}, {"precision": precision}):
         mine = copy.deepcopy(model)
         optimizer = torch.optim.SGD(mine.parameters(), lr=0.3)
-        step = ss.compile(mine, loss, optimizer, BATCH, seed=3, **options)
-        found.append((mine, [step(*BATCH) for _ in range(3)]))
+        step = ss.compile(mine, loss, optimizer, batch, seed=3, **options)
+        found.append((mine, [step(*batch) for _ in range(3)]))
     (theirs, wanted), (mine, losses) = found
     torch.testing.assert_close(losses, wanted, rtol=tolerance, atol=tolerance, equal_nan=True)
     for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
@@ -251,14 +316,31 @@ def test_stays(form: Form) -> None:
 
 
 def test_reasons() -> None:
-    reasons = {f.__name__: list(train(f)[1].skipped) for f in (hiding, with_bias)}
-    assert reasons == {
-        "hiding": ["a mask that may hide every key from a query: that gives NaN"],
-        "with_bias": ["something else reads scores, weights or their gradients"],
-    }
+    _, report = train(with_bias)
+    assert list(report.skipped) == ["something else reads scores, weights or their gradients"]
+    _, report = train(filled_and_added)
+    assert list(report.skipped) == ["scores that a mask is added to and others fill in"]
 
 
-@pytest.mark.parametrize("form", [plain, padded, with_dropout, causal_by_pytorch, shared_heads])
+@pytest.mark.parametrize("form", MASKED, ids=lambda f: f.__name__)
+def test_queries_that_see_nothing(form: Form) -> None:
+    """They get what the softmax gives them, and so do gradients, be it NaN."""
+    _, report = train(form, lengths=torch.tensor([4, 0]))
+    assert report.changed == 1
+
+
+@pytest.mark.parametrize("fill", [-1e4, -1e9, LOWEST])
+def test_pytorch_attention_whose_mask_hides_everything(fill: float) -> None:
+    def form(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        mask = torch.where(seen(lengths, k.shape[-2]), 0.0, fill)
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+    train(form, lengths=torch.tensor([4, 0]))
+
+
+@pytest.mark.parametrize(
+    "form", [plain, padded, filled_where_padded, with_dropout, causal_by_pytorch, shared_heads]
+)
 def test_in_bf16(form: Form) -> None:
     _, report = train(form, "bf16", 3e-2)
     assert report.changed == 1
@@ -285,7 +367,7 @@ def test_layers_of_pytorch() -> None:
 
 
 def test_a_causal_mask_is_recognised_afterwards() -> None:
-    for form in (causal, causal_by_pytorch):
+    for form in (causal, causal_by_pytorch, filled):
         step, _ = train(form)
         (program,) = step.programs.values()
         ops = [op for op in program.function.ops if "attention" in op.name]
