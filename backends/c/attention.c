@@ -28,8 +28,9 @@ enum { ss_use_tiles = 0 };
 #endif
 
 #define SS_AHEAD 32 /* rows that are fetched ahead while packing */
+#define SS_POINTERS 16 /* more than a call has */
+#define SS_UNSEEN -1e9 /* a score of that or less weighs nothing beside one that a query may see */
 #define SS_LOG2E 1.44269504088896340736
-#define SS_LN2 0.69314718055994530942
 
 SS_INLINE int64_t ss_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 SS_INLINE int64_t ss_least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -187,13 +188,66 @@ static void run(part_of_thread part, const ss_attention *s, void *const *b, void
     ss_parallel(take, &job, job.count);
 }
 
+/* What a mask of bools turns out to be. */
+enum { SS_ANY, SS_HIDES_LATER, SS_HIDES_JUST_LATER };
+
+/* Of one query, whether later keys are hidden, an earlier one is seen, and all of them are. */
+static int ss_mask_of_row(const uint8_t *shown, int64_t step, int64_t earlier, int64_t keys) {
+    uint8_t later = 0, any = 0, all = 1;
+    if (step == 1) {
+        for (int64_t j = earlier; j < keys; j++) later |= shown[j];
+        for (int64_t j = 0; j < earlier; j++) any |= shown[j], all &= shown[j] != 0;
+    } else {
+        for (int64_t j = earlier; j < keys; j++) later |= shown[j * step];
+        for (int64_t j = 0; j < earlier; j++) any |= shown[j * step], all &= shown[j * step] != 0;
+    }
+    return later || !any ? SS_ANY : all ? SS_HIDES_JUST_LATER : SS_HIDES_LATER;
+}
+
+/* Models keep a triangle of bools in a buffer: what it says is known only here. Where hidden scores
+ * weigh nothing beside others, and each query sees something, later keys may be left out. */
+static int ss_mask_found(const ss_attention *s, const uint8_t *shown) {
+    if (s->mask_kind != SS_ELEM_BOOL || s->causal || s->fill > SS_UNSEEN) return SS_ANY;
+    int found = SS_HIDES_JUST_LATER;
+    for (int64_t b = 0; b < (s->mask.b ? s->batch : 1); b++)
+        for (int64_t h = 0; h < (s->mask.h ? s->heads : 1); h++)
+            for (int64_t t = 0; t < s->queries && found != SS_ANY; t++) {
+                const uint8_t *row = shown + b * s->mask.b + h * s->mask.h + t * s->mask.t;
+                found = (int)ss_least(
+                    found, ss_mask_of_row(row, s->mask.d, ss_least(t + 1, s->keys), s->keys));
+            }
+    return found;
+}
+
+/* The call without what the mask, the pointer at `at` of `count`, turns out not to be needed for. */
+typedef struct {
+    ss_attention s;
+    void *b[SS_POINTERS];
+} Settled;
+
+static void settle(Settled *to, const ss_attention *s, void *const *b, int at, int count) {
+    const int found = ss_mask_found(s, b[at]);
+    to->s = *s;
+    memcpy(to->b, b, count * sizeof *b);
+    if (found != SS_ANY) to->s.causal = 1;
+    if (found != SS_HIDES_JUST_LATER) return;
+    to->s.mask_kind = -1;
+    memmove(to->b + at, to->b + at + 1, (count - at - 1) * sizeof *b);
+}
+
 void ss_attention_forward(const ss_attention *s, void *const *b, void *scratch, int64_t threads) {
+    Settled call;
+    settle(&call, s, b, 3, 5 + (s->mask_kind >= 0) + s->drops);
+    s = &call.s, b = call.b;
     run(s->kind == SS_ELEM_F64    ? ss_attention_forward_f64
         : s->kind == SS_ELEM_BF16 ? ss_attention_forward_bf16
                                   : ss_attention_forward_f32, s, b, scratch, threads);
 }
 
 void ss_attention_backward(const ss_attention *s, void *const *b, void *scratch, int64_t threads) {
+    Settled call;
+    settle(&call, s, b, 6, 9 + (s->mask_kind >= 0) + s->drops);
+    s = &call.s, b = call.b;
     run(s->kind == SS_ELEM_F64    ? ss_attention_backward_f64
         : s->kind == SS_ELEM_BF16 ? ss_attention_backward_bf16
                                   : ss_attention_backward_f32, s, b, scratch, threads);

@@ -154,6 +154,17 @@ def inputs(case: Case) -> list[Tensor]:
     return tensors if case.keep is None else [*tensors, torch.tensor(KEY)]
 
 
+def compare_with_definition(case: Case, given: list[Tensor], found: list[Tensor]) -> None:
+    for name, x, y in zip(RESULTS, found, definition(case, given), strict=True):
+        x = x.double()
+        x = x.sum(-1) if case.own and name == "lse" else x
+        assert torch.equal(x.isnan(), y.isnan()), (case, name)
+        # Gradients that cancel exactly are compared with the size of what cancels.
+        size = max(float(y.nan_to_num().abs().max()), 1.0)
+        error = float((x - y).nan_to_num().abs().max()) / size
+        assert error <= TOLERANCE[case.dtype], (case, name, error)
+
+
 def check(*cases: Case) -> None:
     """Compiles them together: building takes longer than running."""
     executable = CBackend().compile(program(*cases))
@@ -162,14 +173,7 @@ def check(*cases: Case) -> None:
     for _ in range(2):
         found = executable.run([t for each in arguments for t in each])
         for case, given in zip(cases, arguments, strict=True):
-            for name, y in zip(RESULTS, definition(case, given), strict=True):
-                x = found.pop(0).double()
-                x = x.sum(-1) if case.own and name == "lse" else x
-                assert torch.equal(x.isnan(), y.isnan()), (case, name)
-                # Gradients that cancel exactly are compared with the size of what cancels.
-                size = max(float(y.nan_to_num().abs().max()), 1.0)
-                error = float((x - y).nan_to_num().abs().max()) / size
-                assert error <= TOLERANCE[case.dtype], (case, name, error)
+            compare_with_definition(case, given, [found.pop(0) for _ in RESULTS])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -215,6 +219,30 @@ def masked(dtype: torch.dtype) -> list[Case]:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_masks_that_choose(dtype: torch.dtype) -> None:
     check(*masked(dtype))
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 3, 130, 130, 8), (2, 4, 2, 5, 9, 8), (2, 1, 1, 9, 5, 8)])
+@pytest.mark.parametrize("padded", BOTH)
+@pytest.mark.parametrize("fill", [-math.inf, -1e9, -2.0])
+def test_a_mask_that_hides_later_keys_is_recognised(
+    sizes: Sizes, padded: bool, fill: float
+) -> None:
+    """Kernels leave them out: a NaN there does not reach earlier blocks of queries."""
+    *_, t, s, _ = sizes
+    case = Case(sizes, mask=(2, 1, t, s), fill=fill, keep=0.8, safe=False)
+    given = inputs(case)
+    given[4] = torch.ones(t, s, dtype=torch.bool).tril().expand(2, 1, t, s).clone()
+    if padded:
+        given[4][1, ..., s // 2 :] = False
+    executable = CBackend().compile(program(case))
+    compare_with_definition(case, given, executable.run(given))
+    last = min(t, s) - 1
+    given[2][:, last] = math.nan
+    finite = executable.run(given)[0][:, :, :48].isfinite().all()
+    assert t < 48 or bool(finite) == (fill < -2)
+    given[4][0, 0, 0] = False  # a query that sees nothing gets what the others hide
+    given[2][:, last] = 1
+    compare_with_definition(case, given, executable.run(given))
 
 
 @pytest.mark.parametrize("lowest", [-1e4, -1e9, LOWEST])
