@@ -6,7 +6,8 @@ import ctypes
 import itertools
 import platform
 import subprocess
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -416,10 +417,33 @@ PATHS = {
 }
 
 
+Libraries = Callable[[str], ctypes.CDLL]
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Libraries:
+    """gemm.c for each path, built once."""
+
+    @cache
+    def library_of(path: str) -> ctypes.CDLL:
+        folder = tmp_path_factory.mktemp("product")
+        (folder / "store.c").write_text(STORE)
+        own = (*flags(), *PATHS.get(path, []), "-I", str(HERE))
+        files = ("store.c", str(HERE / "gemm.c"), str(HERE / "pool.c"))
+        command = [find_compiler(), *own, "-shared", *files, "-o", "product.so"]
+        subprocess.run(command, cwd=folder, check=True)
+        library = ctypes.CDLL(str(folder / "product.so"))
+        library.product.restype = ctypes.c_int64
+        library.ss_pool_resize(ctypes.c_int64(2))
+        return library
+
+    return library_of
+
+
 @pytest.mark.parametrize("path", PATHS)
-def test_paths_of_other_machines(path: str, tmp_path: Path) -> None:
+def test_paths_of_other_machines(path: str, libraries: Libraries) -> None:
     """Narrower vectors, and tile registers in software."""
-    library = library_of(path, tmp_path)
+    library = libraries(path)
     for (m, k, n), dtype in itertools.product(
         [(4, 1, 4), (7, 33, 50), (33, 32, 31), (64, 96, 48), (257, 769, 49)], TOLERANCE
     ):
@@ -437,8 +461,8 @@ def integers(shape: tuple[int, int], turned: bool) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_integers_on_paths_of_other_machines(path: str, tmp_path: Path) -> None:
-    library = library_of(path, tmp_path)
+def test_integers_on_paths_of_other_machines(path: str, libraries: Libraries) -> None:
+    library = libraries(path)
     for m, k, n in [(4, 1, 4), (7, 33, 50), (33, 32, 31), (64, 96, 48), (257, 1539, 49)]:
         for left, right in itertools.product([False, True], repeat=2):
             x, y = integers((m, k), left), integers((k, n), right)
@@ -476,8 +500,8 @@ def test_integers_with_what_follows(isa: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_groups_on_paths_of_other_machines(path: str, tmp_path: Path) -> None:
-    library = library_of(path, tmp_path)
+def test_groups_on_paths_of_other_machines(path: str, libraries: Libraries) -> None:
+    library = libraries(path)
     for (m, k, n), dtype in itertools.product([(70, 33, 50), (129, 70, 31)], TOLERANCE):
         for left, right in itertools.product([False, True], repeat=2):
             e, ends = len(BOUNDS), torch.tensor([*BOUNDS[:-1], 70], dtype=torch.int32)
@@ -492,9 +516,9 @@ def test_groups_on_paths_of_other_machines(path: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_packed_side_gives_the_same_bits(path: str, tmp_path: Path) -> None:
+def test_a_packed_side_gives_the_same_bits(path: str, libraries: Libraries) -> None:
     """On every machine, and within the room that is planned for it."""
-    library = library_of(path, tmp_path)
+    library = libraries(path)
     machine = Machine.of(defined_names(*PATHS.get(path, [])))
     for (m, k, n), dtype in itertools.product(
         [(4, 1, 4), (7, 33, 50), (33, 32, 31), (64, 96, 48), (32, 769, 257), (129, 385, 500)],
@@ -512,9 +536,9 @@ def test_a_packed_side_gives_the_same_bits(path: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["native", *PATHS])
-def test_scratch_is_what_is_planned(path: str, tmp_path: Path) -> None:
+def test_scratch_is_what_is_planned(path: str, libraries: Libraries) -> None:
     """On every machine; one with tile registers has room to do without them."""
-    library = library_of(path, tmp_path)
+    library = libraries(path)
     machine = Machine.of(defined_names(*PATHS.get(path, [])))
 
     def room(numbers: ctypes.Array[ctypes.c_int64]) -> int:
@@ -548,18 +572,6 @@ def left(kind: int) -> Ref:
 
 def sides_of(kind: int, a: Side, summed: int) -> Sides:
     return Sides(a, Side(left(kind), 0, (), ()), summed)
-
-
-def library_of(path: str, folder: Path) -> ctypes.CDLL:
-    (folder / "store.c").write_text(STORE)
-    own = (*flags(), *PATHS.get(path, []), "-I", str(HERE))
-    files = ("store.c", str(HERE / "gemm.c"), str(HERE / "pool.c"))
-    command = [find_compiler(), *own, "-shared", *files, "-o", "product.so"]
-    subprocess.run(command, cwd=folder, check=True)
-    library = ctypes.CDLL(str(folder / "product.so"))
-    library.product.restype = ctypes.c_int64
-    library.ss_pool_resize(ctypes.c_int64(2))
-    return library
 
 
 def assert_near(found: torch.Tensor, wanted: torch.Tensor) -> None:
