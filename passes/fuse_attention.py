@@ -204,16 +204,9 @@ class _Reader:
         shape = weights.type.static_shape
         if softmax.attr("dim") not in (-1, len(shape) - 1) or not math.prod(shape):
             raise _NotAttention
-        filled, mask = self._unfilled(softmax.inputs[0])
-        product, added, scale = self._scores(filled)
+        product, mask, scale = self._scores(softmax.inputs[0])
         if any(v.type.dtype not in FLOATS for v in (weights, *product.inputs)):
             raise _NotAttention("scores of a type that kernels do not add up in")
-        if added is not None:
-            if mask.conditions:
-                raise _NotAttention("scores that a mask is added to and others fill in")
-            if added.type.dtype is not weights.type.dtype:
-                raise _NotAttention("a mask of another type than scores")
-            mask = _Mask(added)
         left, right = product.inputs
         dropout, output, rest = self._second(softmax)
         value = output.inputs[1]
@@ -282,8 +275,9 @@ class _Reader:
 
     # -- forward -------------------------------------------------------------------------------
 
-    def _scores(self, v: Value) -> tuple[Op, Value | None, float]:
-        """The product of queries and keys, what is added to it, what it is multiplied by before."""
+    def _scores(self, v: Value) -> tuple[Op, _Mask, float]:
+        """The product of queries and keys, its mask, what it is multiplied by before."""
+        v, filled = self._unfilled(v)
         added = self._made_by(v, ADD)
         pairs: list[tuple[Value, Value | None]] = [(v, None)]
         if added is not None and len(added.inputs) == 2 and added.attr("alpha") == 1:
@@ -292,8 +286,15 @@ class _Reader:
         for x, mask in pairs:
             source, scale = self._unscaled(x)
             product = self._made_by(self._merged(source), BMM)
-            if product is not None and scale > 0:
-                return product, mask, scale
+            if product is None or not scale > 0:
+                continue
+            if mask is None:
+                return product, filled, scale
+            if filled.conditions:
+                raise _NotAttention("scores that a mask is added to and others fill in")
+            if mask.type.dtype is not v.type.dtype:
+                raise _NotAttention("a mask of another type than scores")
+            return product, _Mask(mask), scale
         raise _NotAttention
 
     def _merged(self, v: Value) -> Value:

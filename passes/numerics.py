@@ -89,7 +89,7 @@ def difference(
         b = found[what]
         if a.dtype != b.dtype or a.shape != b.shape:
             return Difference(what, f"{a.dtype}{list(a.shape)} became {b.dtype}{list(b.shape)}")
-        wrong[what] = _wrong(a, b, exact)
+        wrong[what] = wrong_elements(a, b, None if exact else TOLERANCE.get(a.dtype, 0.3))
     wrong = _only_marked(wrong)
     if disturbed is not None and not exact:
         wrong = unexplained(expected, found, wrong, disturbed)
@@ -126,14 +126,14 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.to(wide) - b.to(wide)).abs()
 
 
-def _wrong(a: torch.Tensor, b: torch.Tensor, exact: bool) -> torch.Tensor:
-    """The elements that differ."""
-    if exact or not a.dtype.is_floating_point or not a.numel():
+def wrong_elements(a: torch.Tensor, b: torch.Tensor, tolerance: float | None) -> torch.Tensor:
+    """Those that differ: by more than a part of the largest element or, with None, by a bit."""
+    if tolerance is None or not a.dtype.is_floating_point or not a.numel():
         return ~_equal_bits(a, b)
     x, y = a.double(), b.double()
     finite = x.isfinite() & y.isfinite()
     scale = float(torch.where(finite, x, 0).abs().max())
-    wrong = (x - y).abs() > TOLERANCE.get(a.dtype, 0.3) * scale
+    wrong = (x - y).abs() > tolerance * scale
     return torch.where(finite, wrong, ~_equal_bits(x, y))
 
 

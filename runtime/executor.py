@@ -13,7 +13,7 @@ from shoestring.backends.instructions import Instruction
 from shoestring.ir import Function, Loc, Op, Value, interpret
 from shoestring.ir.errors import RuntimeFault
 from shoestring.passes.disturbance import Disturbance
-from shoestring.passes.numerics import unexplained
+from shoestring.passes.numerics import unexplained, wrong_elements
 
 # Largest relative difference by element type: ten roundings.
 HALVES = {torch.bfloat16: 4e-2, torch.float16: 1e-2}
@@ -159,9 +159,7 @@ def _is_rounding(
     right = known[value]
     if not right.dtype.is_floating_point:
         return False
-    scale = float(right[right.isfinite()].abs().max()) if bool(right.isfinite().any()) else 0.0
-    off = ~((found.double() - right.double()).abs() <= allowed * scale)
-    off &= ~(found.isnan() & right.isnan() | (found == right))
+    off = wrong_elements(right, found, allowed)
 
     def disturbed(seed: int) -> dict[str, torch.Tensor]:
         disturbance, env = Disturbance(seed), dict(known)

@@ -194,13 +194,8 @@ enum { SS_ANY, SS_HIDES_LATER, SS_HIDES_JUST_LATER };
 /* Of one query, whether later keys are hidden, an earlier one is seen, and all of them are. */
 static int ss_mask_of_row(const uint8_t *shown, int64_t step, int64_t earlier, int64_t keys) {
     uint8_t later = 0, any = 0, all = 1;
-    if (step == 1) {
-        for (int64_t j = earlier; j < keys; j++) later |= shown[j];
-        for (int64_t j = 0; j < earlier; j++) any |= shown[j], all &= shown[j] != 0;
-    } else {
-        for (int64_t j = earlier; j < keys; j++) later |= shown[j * step];
-        for (int64_t j = 0; j < earlier; j++) any |= shown[j * step], all &= shown[j * step] != 0;
-    }
+    for (int64_t j = earlier; j < keys; j++) later |= shown[j * step];
+    for (int64_t j = 0; j < earlier; j++) any |= shown[j * step], all &= shown[j * step] != 0;
     return later || !any ? SS_ANY : all ? SS_HIDES_JUST_LATER : SS_HIDES_LATER;
 }
 

@@ -26,6 +26,8 @@
 
 typedef int8_t ss_w8 __attribute__((vector_size(64)));
 typedef uint8_t ss_wu8 __attribute__((vector_size(64)));
+typedef int8_t ss_half_w8 __attribute__((vector_size(32)));
+typedef uint16_t ss_half_wu16 __attribute__((vector_size(32)));
 typedef int16_t ss_w16 __attribute__((vector_size(64)));
 typedef uint16_t ss_wu16 __attribute__((vector_size(64)));
 typedef int32_t ss_w32 __attribute__((vector_size(64)));
@@ -104,20 +106,6 @@ SS_WIDE ss_wu16 ss_wide_pack_bf16(ss_wf high, ss_wf low) {
     SS_EACH(i, 16) v[i] = ss_wide_to_bf16(low[i]), v[16 + i] = ss_wide_to_bf16(high[i]);
     return v;
 }
-SS_WIDE ss_w16 ss_wide_from_bytes(__m256i x) {
-    int8_t bytes[32];
-    memcpy(bytes, &x, sizeof bytes);
-    ss_w16 v;
-    SS_EACH(i, 32) v[i] = bytes[i];
-    return v;
-}
-SS_WIDE ss_wu32 ss_wide_from_halves(__m256i x) {
-    uint16_t halves[16];
-    memcpy(halves, &x, sizeof halves);
-    ss_wu32 v;
-    SS_EACH(i, 16) v[i] = halves[i];
-    return v;
-}
 
 /* Memory; what is masked out is not touched. */
 SS_WIDE __m256i ss_wide_some_halves(uint16_t mask, const void *p) {
@@ -183,8 +171,8 @@ SS_WIDE ss_w32 ss_wide_shuffle(ss_w32 a, ss_w32 b, int which) {
     ((__m512i)ss_wide_dot_bytes((ss_w32)(s), (ss_wu8)(a), (ss_w8)(b)))
 #define _mm512_madd_epi16(a, b) ((__m512i)ss_wide_dot_words((ss_w16)(a), (ss_w16)(b)))
 #define _mm512_cvtne2ps_pbh(high, low) ss_wide_pack_bf16((ss_wf)(high), (ss_wf)(low))
-#define _mm512_cvtepi8_epi16(x) ((__m512i)ss_wide_from_bytes(x))
-#define _mm512_cvtepu16_epi32(x) ((__m512i)ss_wide_from_halves(x))
+#define _mm512_cvtepi8_epi16(x) ((__m512i)__builtin_convertvector((ss_half_w8)(x), ss_w16))
+#define _mm512_cvtepu16_epi32(x) ((__m512i)__builtin_convertvector((ss_half_wu16)(x), ss_wu32))
 #define _mm256_maskz_loadu_epi16(m, p) ss_wide_some_halves(m, p)
 #define _mm512_maskz_loadu_ps(m, p) ((__m512)ss_wide_some_singles(m, p))
 #define _mm512_set1_epi32(x) ((__m512i)((ss_w32){0} + (int32_t)(x)))

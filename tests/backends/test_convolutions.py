@@ -105,6 +105,7 @@ def check_all(cases: list[Case], *, measure: bool = False) -> CExecutable:
                 limit = TOLERANCE[case.dtype] * max(1.0, float(reference.abs().max()))
                 wrong = difference(next(found).double(), reference, 0, limit)
                 assert not wrong, f"{case}: {wrong}"
+        assert next(found, None) is None
     assert isinstance(executable, CExecutable)
     return executable
 
@@ -219,28 +220,25 @@ def test_weights_are_rounded_while_they_are_packed(
     if isa == "avx512" and "avx512f" not in cpu_identity().split():
         pytest.skip(f"this machine has no {isa}")
     monkeypatch.setenv("SHOESTRING_ISA", isa)
-    backend, cases = CBackend(measure=False), [replace(c, dtype=torch.bfloat16) for c in SOME]
-    rounded, given = list[Tensor](), list[Tensor]()
-    for case in cases:
-        x, w, b, g = case.inputs()
+    backend = CBackend(measure=False)
+    for case in SOME:
+        half = replace(case, dtype=torch.bfloat16)
+        x, w, b, g = half.inputs()
         wide = w.float() * (1 + 2**-9)  # halfway between two bf16, and some near that
         wide.view(-1)[::7] *= 1 + 2**-15
         wide.view(-1)[:6] = torch.tensor([torch.nan, torch.inf, 3e-41, -0.0, 3.4e38, 1e-38])
-        given += [x, wide, b, g]
-        rounded += [x, wide.bfloat16(), b, g]
-
-    def results(*t: Any) -> tuple[Tensor, ...]:
-        sides = zip(cases, *[iter(t)] * 4, strict=True)
-        return tuple(y for c, x, w, b, g in sides for y in everything(c, x, w.bfloat16(), b, g))
-
-    wanted = backend.compile(traced(results, rounded)).run(rounded)
-    rounding = backend.compile(traced(results, given))
-    for found, reference in zip(rounding.run(given), wanted, strict=True):
-        assert torch.equal(found.nan_to_num(7), reference.nan_to_num(7))
-    assert isinstance(rounding, CExecutable)
-    kernels = [set(k.ops) for k in rounding.instructions if isinstance(k, CallKernel)]
-    before = sum(max(c.taps) == 1 or _taps_are_alone(c) for c in cases)
-    assert kernels.count({"aten._to_copy.default"}) == before
+        given = [x, wide, b, g]
+        plain = backend.compile(traced(lambda *t, c=half: everything(c, *t), [x, w, b, g]))
+        rounding = backend.compile(
+            traced(lambda x, w, b, g, c=half: everything(c, x, w.bfloat16(), b, g), given)
+        )
+        wanted = plain.run([x, wide.bfloat16(), b, g])
+        for found, reference in zip(rounding.run(given), wanted, strict=True):
+            assert torch.equal(found.nan_to_num(7), reference.nan_to_num(7)), f"{half}"
+        assert isinstance(rounding, CExecutable)
+        kernels = [i for i in rounding.instructions if isinstance(i, CallKernel)]
+        copies = sum(k.ops == ("aten._to_copy.default",) for k in kernels)
+        assert copies == (max(half.taps) == 1 or _taps_are_alone(half)), f"{half}"
 
 
 def _taps_are_alone(case: Case) -> bool:
