@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from shoestring.backends.c import CBackend
@@ -47,7 +46,10 @@ def test_every_instruction_is_measured_and_says_why() -> None:
     assert any(r.why.startswith("PyTorch: ") for r in rows)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_peaks_are_rates(dtype: torch.dtype) -> None:
+def test_peaks_are_rates() -> None:
+    """Factors of fewer bits are never slower: where a machine does not multiply them they widen."""
     peaks = measure_peaks()
-    assert peaks.flops[dtype] > 1e8 and peaks.bandwidth > 1e7
+    single = peaks.flops[torch.float32]
+    assert single > 1e8 and peaks.bandwidth > 1e7
+    assert all(rate >= single for rate in peaks.flops.values())
+    assert peaks.flops.keys() == {torch.float32, torch.bfloat16, torch.int8}
