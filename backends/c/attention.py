@@ -176,6 +176,7 @@ def _body(case: Case, named: dict[str, Ref], slots: int, scratch: int) -> str:
         "};",
     ]
     way = "backward" if case.backward else "forward"
+    way += "_f64" if case.dtype == torch.float64 else ""
     lines.append(f"ss_attention_{way}(&s, b, b[{len(named)}], {slots});")
     return "\n".join("    " + x for x in lines)
 

@@ -22,10 +22,14 @@ from shoestring.ir.errors import BackendError
 
 from ..cache import cache_folder
 
-# No copies of functions for constant arguments: they double the compile time of gemm.c for nothing.
 FLAGS = (
     "-std=gnu11", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fwrapv",
-    "-fno-math-errno", "-fno-trapping-math", "-fno-ipa-cp", "-w",
+    "-fno-math-errno", "-fno-trapping-math", "-w",
+)  # fmt: skip
+# No copies of functions for constant arguments, and none of loops for conditions and strides: what
+# is compiled for each case says so. They double the compile time of gemm.c for nothing.
+GCC_FLAGS = (
+    "-fno-ipa-cp", "-fno-unswitch-loops", "-fno-split-loops", "-fno-version-loops-for-strides",
 )  # fmt: skip
 _AVX2 = "-march=x86-64-v3"
 _EMULATED = (_AVX2, "-DSS_EMULATE_AVX512", "-O1", "-Wno-psabi")  # -O3 takes GCC 17 s for gemm.c
@@ -36,27 +40,16 @@ ISAS = {
     "emulated-avx512": _EMULATED, "emulated-amx": (*_EMULATED, "-DSS_EMULATE_AMX"),
 }  # fmt: skip
 HERE = Path(__file__).parent
-HEADERS = (
-    "prelude.h",
-    "vector.h",
-    "wide.h",
-    "gemm.h",
-    "digits.h",
-    "turn.h",
-    "pack.h",
-    "amx.h",
-    "pool.h",
-    "attention.h",
-    "attention_kernel.h",
-    "trial.h",
-    "run.h",
-    "far.h",
-    "draws.h",
-)
+# What other files include: headers, and what small.c consists of.
+INCLUDED = (
+    "prelude.h", "vector.h", "wide.h", "gemm.h", "digits.h", "turn.h", "pack.h", "amx.h", "pool.h",
+    "attention.h", "attention_f64.h", "attention_call.h", "attention_kernel.h", "trial.h", "run.h",
+    "far.h", "draws.h", "draws.c", "far.c", "frame.c", "trial.c",
+)  # fmt: skip
 # Written by hand, compiled once for a machine: what every library is linked with, and what those
 # are whose sources include a header.
-RUNTIME = ("gemm.c", "frame.c", "pool.c", "trial.c", "run.c", "far.c", "draws.c")
-RUNTIME_OF = {"attention.h": ("attention.c",)}
+RUNTIME = ("gemm.c", "small.c", "pool.c", "run.c")
+RUNTIME_OF = {"attention.h": ("attention.c",), "attention_f64.h": ("attention_f64.c",)}
 JOBS = max(2, os.cpu_count() or 1)
 _COMMENT = re.compile(r"^[ \t]*//.*\n", re.MULTILINE)
 _PARTS = (RUNTIME, *RUNTIME_OF.values())
@@ -127,7 +120,8 @@ def flags() -> tuple[str, ...]:
     """The compiler's flags here. GCC holds back from 512-bit vectors; math-heavy kernels gain.
 
     Raises:
-        BackendError: SS4204 where `$SHOESTRING_ISA` names no instruction set.
+        BackendError: SS4201 without a compiler, SS4204 where `$SHOESTRING_ISA` names no instruction
+            set.
     """
     isa = os.environ.get("SHOESTRING_ISA", "native")
     if isa not in ISAS:
@@ -137,7 +131,8 @@ def flags() -> tuple[str, ...]:
     wide = ("-mprefer-vector-width=512",) if has_wide else ()
     # Without it GCC 12 leaves arrays of functions that call nothing unaligned (GCC bug 109780).
     own = ("-mno-red-zone",) if platform.machine() in ("x86_64", "AMD64") else ()
-    return (*FLAGS, *ISAS[isa], *wide, *own)
+    gcc = () if "clang" in compiler_version(find_compiler()) else GCC_FLAGS
+    return (*FLAGS, *gcc, *ISAS[isa], *wide, *own)
 
 
 def build(sources: Sequence[str]) -> Build:
@@ -254,7 +249,7 @@ def defined_names(*more: str) -> dict[str, str]:
 
 
 def _key(compiler: str, texts: Mapping[str, str]) -> str:
-    names = (*HEADERS, *chain(*_PARTS))
+    names = (*INCLUDED, *chain(*_PARTS))
     ours = [(HERE / name).read_text() for name in names]
     parts = [*texts.values(), *ours, *flags(), compiler_version(compiler), cpu_identity()]
     digest = hashlib.sha256()
@@ -276,7 +271,7 @@ def _intact(library: Path) -> bool:
 
 
 def _compile(compiler: str, texts: Mapping[str, str], work: Path) -> None:
-    for name in HEADERS:
+    for name in INCLUDED:
         (work / name).write_text((HERE / name).read_text())
     for name, text in texts.items():
         (work / name).write_text(text)

@@ -61,10 +61,12 @@ enum {
     FAR = 64 << 10,          /* bytes between scratch of two threads: cores fetch rows of tiles ahead */
 };
 
-#if defined(__AVX512BF16__) && SS_LANES == 16
-#define PAIRS 1
+#ifdef SS_BF16_DOT
+enum { PAIRS = 1 };
 #else
-#define PAIRS 0
+enum { PAIRS = 0 };
+#undef SS_AMX /* no machine has tile registers alone */
+#define SS_AMX 0
 #endif
 
 /* i8 of a unit. Four are multiplied as i8 of A by u8 of B, which is 128 more than it should be. */
@@ -122,7 +124,7 @@ SS_INLINE ss_vi multiply_add_integers(const char *a, ss_vi b, ss_vi acc) {
 }
 
 SS_INLINE ss_vf multiply_add(const char *a, ss_vf b, ss_vf acc, const int units) {
-#if PAIRS
+#ifdef SS_BF16_DOT
     uint32_t word;
     memcpy(&word, a, 4);
     if (units == HALVES)
@@ -240,9 +242,16 @@ typedef void (*Tile)(int add, int64_t units, int64_t rows, Rows a, const float *
         tile_body(vecs, type, how, add, units, rows, a, panel, cols, tile);                       \
     }
 #define HOWS(vecs, type) TILE(vecs, type, 0) TILE(vecs, type, 1) TILE(vecs, type, 2)
-#define TILES(vecs) HOWS(vecs, 0) HOWS(vecs, 1) TILE(vecs, 2, 0) TILE(vecs, 2, 1)
 #define NAMES(vecs, type) {tile_##vecs##type##0, tile_##vecs##type##1, tile_##vecs##type##2}
-#define TYPES(vecs) {NAMES(vecs, 0), NAMES(vecs, 1), {tile_##vecs##20, tile_##vecs##21}}
+#ifdef SS_BF16_DOT
+#define HALVES_TILES(vecs) HOWS(vecs, 1)
+#define HALVES_NAMES(vecs) NAMES(vecs, 1)
+#else
+#define HALVES_TILES(vecs)
+#define HALVES_NAMES(vecs) {0}
+#endif
+#define TILES(vecs) HOWS(vecs, 0) HALVES_TILES(vecs) TILE(vecs, 2, 0) TILE(vecs, 2, 1)
+#define TYPES(vecs) {NAMES(vecs, 0), HALVES_NAMES(vecs), {tile_##vecs##20, tile_##vecs##21}}
 TILES(1)
 TILES(2)
 #if SS_LANES == 8
@@ -289,7 +298,7 @@ static void amx_tile(int add, int64_t units, Rows a, const float *panel, Tiles t
 
 typedef struct {
     const ss_gemm *g;
-    int pairs;                /* elements of a unit beside the first */
+    int64_t each;             /* elements of a unit */
     int amx;
     int direct;               /* whether A is read where it is */
     int64_t rows, cols;       /* of a tile, and of a panel */
@@ -312,7 +321,7 @@ static int use_amx(const ss_gemm *g) {
 static Shape of_length(Shape s, int64_t k) {
     const ss_windows *w = s.g->windows;
     s.k = k;
-    s.units = blocks(w ? w->channels : k, 1 + s.pairs) * (w ? w->taps : 1);
+    s.units = blocks(w ? w->channels : k, s.each) * (w ? w->taps : 1);
     s.width = s.amx ? blocks(s.units, AMX_UNITS) * AMX_UNITS : s.units;
     s.block = even(s.width, KC, AMX_UNITS);
     return s;
@@ -324,25 +333,25 @@ static int64_t batches(const ss_gemm *g) {
 }
 
 /* Whether the units of listed rows of A are words of memory. */
-static int whole_units(const ss_gemm *g, int pairs) {
-    if (g->type == SS_F32 || g->windows) return g->type == SS_F32 || pairs;
+static int whole_units(const ss_gemm *g, int64_t each) {
+    if (g->type == SS_F32 || g->windows) return g->type == SS_F32 || each == 2;
     const int last = SS_DIGITS - 1;
-    return pairs && g->a_sum->stride[last] == 1 && g->a_sum->size[last] % 2 == 0;
+    return each == 2 && g->a_sum->stride[last] == 1 && g->a_sum->size[last] % 2 == 0;
 }
 
 static Shape shape_of(const ss_gemm *g) {
     Shape s = {.g = g, .amx = use_amx(g), .rows = ROWS, .cols = COLS};
-    s.pairs = g->type == SS_I8 ? BYTES - 1 : s.amx || (PAIRS && g->type == SS_BF16);
+    s.each = g->type == SS_I8 ? BYTES : PAIRS && g->type == SS_BF16 ? 2 : 1;
     if (s.amx) s.rows = AMX_ROWS, s.cols = AMX_COLS;
     /* Two panels of two vectors take less time than one of three and one of one. */
     if (!s.amx && VECS == 3 && blocks(g->n, SS_LANES) == 4) s.cols = 2 * SS_LANES;
     s = of_length(s, g->k);
-    const int whole = g->k % (1 + s.pairs) == 0 && g->grouping != SS_GROUPS_OF_SUM;
-    const int words = g->type == SS_F32 || (whole && (1 + s.pairs) * size_of(g->type) == 4);
+    const int whole = g->k % s.each == 0 && g->grouping != SS_GROUPS_OF_SUM;
+    const int words = g->type == SS_F32 || (whole && s.each * size_of(g->type) == 4);
     s.direct = g->a_col == 1 && !g->a_sum && words;
     s.direct = s.direct && (s.amx ? s.width == s.units : g->m <= FEW || batches(g) * g->n < REUSED);
     const int reused = !g->windows && SS_LANES == 8; /* packed rows are read faster there */
-    if (g->windows || g->a_sum) s.direct = !s.amx && !reused && whole_units(g, s.pairs);
+    if (g->windows || g->a_sum) s.direct = !s.amx && !reused && whole_units(g, s.each);
     s.mc = least(MC / s.rows, blocks(g->m, s.rows)) * s.rows;
     const int64_t one = blocks(g->n, s.cols), all = batches(g) * one;
     if (g->order) s.mc = most(1, least(s.mc, TILES / (4 * one * s.cols)) / s.rows) * s.rows;
@@ -389,7 +398,7 @@ typedef struct {
 /* The units of windows, tap by tap of one channel after the other, of two where units are pairs. */
 static void list_windows(const Shape *s, Block *k) {
     const ss_windows *w = s->g->windows;
-    const int64_t each = 1 + s->pairs, size = size_of(s->g->type);
+    const int64_t each = s->each, size = size_of(s->g->type);
     int64_t channel = k->u / w->taps * each, tap = k->u % w->taps;
     for (int64_t u = 0; u < k->units; u++) {
         const int64_t at = channel + w->a_tap[tap];
@@ -405,7 +414,7 @@ static void list_windows(const Shape *s, Block *k) {
 }
 
 static void start_block(const Shape *s, Source left, Source right, int64_t u, Block *k) {
-    const int64_t each = 1 + s->pairs;
+    const int64_t each = s->each;
     k->u = u;
     k->units = least(s->block, s->units - u);
     k->wide = least(s->block, s->width - u);
@@ -415,11 +424,11 @@ static void start_block(const Shape *s, Source left, Source right, int64_t u, Bl
     }
     const int64_t elements = least(each * k->units, s->k - each * u);
     if (listed(left)) {
-        list_sum(left, each * u, elements, k->units, s->pairs, &k->a);
+        list_sum(left, each * u, elements, k->units, &k->a);
         for (int64_t i = 0; s->direct && i < k->units; i++)
             k->bytes[i] = k->a.at[each * i] * size_of(left.type);
     }
-    if (listed(right)) list_sum(right, each * u, elements, k->units, s->pairs, &k->b);
+    if (listed(right)) list_sum(right, each * u, elements, k->units, &k->b);
 }
 
 /* `at`: where rows begin that are listed. */
@@ -441,17 +450,17 @@ static void pack_a(const Shape *s, Source a, int64_t i, int64_t rows, const int6
     if (s->direct) return;
     if (listed(a)) {
         for (int64_t r = 0; r < rows; r += ROWS)
-            pack_listed(a, &k->a, at + r, least(ROWS, rows - r), ROWS, s->pairs, packed + r * k->units);
+            pack_listed(a, &k->a, at + r, least(ROWS, rows - r), ROWS, packed + r * k->units);
         return;
     }
     int64_t r = 0;
     if (a.j_stride == 1) {
         const int64_t floats = ROWS * k->units, some = PACK_ROWS / ROWS;
         for (int64_t count; (count = least(some, (rows - r) / ROWS)) > 0; r += count * ROWS)
-            pack_lanes(a, k->u, k->units, s->k, i + r, count, ROWS, floats, s->pairs, packed + r * k->units);
+            pack_lanes(a, k->u, k->units, s->k, i + r, count, ROWS, floats, packed + r * k->units);
     }
     for (; r < rows; r += ROWS)
-        pack(a, k->u, k->units, s->k, i + r, least(ROWS, rows - r), ROWS, s->pairs, packed + r * k->units);
+        pack(a, k->u, k->units, s->k, i + r, least(ROWS, rows - r), ROWS, packed + r * k->units);
 }
 
 /* Where panel `q` of a part is: in matrix `batch`, columns [j, j + cols). */
@@ -473,7 +482,7 @@ static void pack_b(const Shape *s, Source b, int64_t step, const Part *p, int64_
     const int lanes = b.j_stride == 1 && !listed(b) && whole;
     if (lanes) {
         b.p += first.batch * step;
-        pack_lanes(b, k->u, k->units, s->k, first.j, count, s->cols, floats, s->pairs, panels);
+        pack_lanes(b, k->u, k->units, s->k, first.j, count, s->cols, floats, panels);
     }
     for (int64_t c = 0; c < count; c++) {
         float *out = panels + c * floats;
@@ -482,13 +491,13 @@ static void pack_b(const Shape *s, Source b, int64_t step, const Part *p, int64_
         const Panel at = panel_of(s, p, q + c);
         b.p = start + at.batch * step;
         if (b.windows) {
-            pack_taps(b, k->u, k->units, at.j, at.cols, s->cols, s->pairs, out);
+            pack_taps(b, k->u, k->units, at.j, at.cols, s->cols, out);
         } else if (listed(b)) {
             int64_t js[COLS < AMX_COLS ? AMX_COLS : COLS];
             list(b.j, b.j_stride, at.j, at.cols, js);
-            pack_listed(b, &k->b, js, at.cols, s->cols, s->pairs, out);
+            pack_listed(b, &k->b, js, at.cols, s->cols, out);
         } else {
-            pack(b, k->u, k->units, s->k, at.j, at.cols, s->cols, s->pairs, out);
+            pack(b, k->u, k->units, s->k, at.j, at.cols, s->cols, out);
         }
     }
     for (int64_t i = 0; BYTES == 4 && b.type == SS_I8 && i < count * floats; i += SS_LANES)
@@ -519,7 +528,7 @@ static void multiply(const Shape *s, Source a, const float *packed, const int64_
     }
 #endif
     const int how = !s->direct ? PACKED : listed(a) ? LISTED : APART;
-    const int type = a.type == SS_I8 ? INTEGERS : s->pairs ? HALVES : SINGLES;
+    const int type = a.type == SS_I8 ? INTEGERS : PAIRS && a.type == SS_BF16 ? HALVES : SINGLES;
     const Tile tile = TILE_OF[blocks(cols, SS_LANES) - 1][type][how];
     for (int64_t r = 0; r < rows; r += ROWS) {
         Rows source = {(const char *)(packed + r * k->units)};
@@ -554,7 +563,7 @@ static void finish_turned(const Shape *s, const Part *p, int64_t i, int64_t rows
         some = least(rows - r, places - place);
         const int64_t width = blocks(some, SS_LANES) * SS_LANES;
         const Source rowwise = {(const char *)(tiles.p + r * tiles.stride), SS_F32, 1, tiles.stride};
-        pack(rowwise, 0, cols, cols, 0, some, width, 0, turned);
+        pack(rowwise, 0, cols, cols, 0, some, width, turned);
         s->g->finish(buffers, image, j, place, cols, some, turned, width);
     }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -39,8 +40,9 @@ from .tuning import slower_products
 
 SOURCE_FILES = 4
 HEADER_OF = {
-    "gemm.h": "ss_gemm", "attention.h": "ss_attention", "run.h": "ss_declined",
-    "far.h": "ss_store_far", "draws.h": "ss_uniform",
+    "gemm.h": r"\bss_gemm", "attention.h": r"\bss_attention_\w+ward\(",
+    "attention_f64.h": r"\bss_attention_\w+_f64\(", "run.h": r"\bss_declined",
+    "far.h": r"\bss_store_far\b", "draws.h": r"\bss_uniform\b",
 }  # fmt: skip
 
 
@@ -348,7 +350,7 @@ def _writer_of(unit: Unit) -> type[KernelWriter]:
 
 def _file(text: str) -> str:
     """A C file: what it includes, and kernels."""
-    headers = [name for name, use in HEADER_OF.items() if use in text]
+    headers = [name for name, use in HEADER_OF.items() if re.search(use, text)]
     return "".join(f'#include "{name}"\n' for name in (*headers, "prelude.h")) + f"\n{text}"
 
 

@@ -14,6 +14,8 @@
 #include "turn.h"
 #include "vector.h"
 
+enum { HALF = PAIRS ? TWO_HALVES : ONE_HALF }; /* what a lane of bf16 is */
+
 /* A matrix as the tile sees it: `k` along units, `j` across lanes. */
 typedef struct {
     const char *p;
@@ -30,9 +32,14 @@ static int64_t size_of(ss_type type) { return type == SS_F32 ? 4 : type == SS_BF
 static int listed(Source s) { return s.k || s.j || s.windows; }
 
 /* What a lane of a unit is made of. */
-SS_INLINE ss_word word_of(Source s, int pairs) {
-    if (s.rounded) return pairs ? TWO_ROUNDED : ONE_ROUNDED;
-    return s.type == SS_F32 ? ONE_F32 : pairs ? TWO_HALVES : ONE_HALF;
+SS_INLINE ss_word word_of(Source s) {
+    if (s.rounded) return PAIRS ? TWO_ROUNDED : ONE_ROUNDED;
+    return s.type == SS_F32 ? ONE_F32 : (ss_word)HALF;
+}
+
+/* Elements of K in a unit. */
+SS_INLINE int64_t each_of(Source s) {
+    return s.type == SS_I8 ? BYTES : PAIRS && (s.type == SS_BF16 || s.rounded) ? 2 : 1;
 }
 
 /* How many of the positions from `at` on are neighbours in memory, up to `limit`. */
@@ -72,7 +79,7 @@ SS_INLINE uint32_t word_of_bytes(const int8_t *bytes, int64_t at, int64_t step, 
 }
 
 /* One unit of one lane; what lies beyond K is zero. */
-SS_INLINE float unit(Source s, int64_t u, int64_t j, int64_t k_end, int pairs) {
+SS_INLINE float unit(Source s, int64_t u, int64_t j, int64_t k_end) {
     if (s.type == SS_I8) {
         const int64_t k = BYTES * u;
         const uint32_t word = word_of_bytes(
@@ -81,8 +88,8 @@ SS_INLINE float unit(Source s, int64_t u, int64_t j, int64_t k_end, int pairs) {
         memcpy(&x, &word, 4);
         return x;
     }
-    const int64_t k = pairs ? 2 * u : u, at = k * s.k_stride + j * s.j_stride;
-    return lane(s.p, word_of(s, pairs), at, at + s.k_stride, k + 1 < k_end);
+    const int64_t k = each_of(s) * u, at = k * s.k_stride + j * s.j_stride;
+    return lane(s.p, word_of(s), at, at + s.k_stride, k + 1 < k_end);
 }
 
 typedef int8_t Bytes __attribute__((vector_size(SS_LANES)));
@@ -103,7 +110,7 @@ SS_INLINE ss_vf lanes_of_bytes(Source s, int64_t u, int64_t j, int64_t k_end) {
 /* A square, turned: lane l is a vector of neighbours from element at[l] on, out[c] holds element c
  * of each lane. */
 #if SS_LANES == 16
-SS_INLINE void turn(Source s, const int64_t *at, int pairs, float *out, int64_t out_stride) {
+SS_INLINE void turn(Source s, const int64_t *at, float *out, int64_t out_stride) {
     ss_vf r[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) {
@@ -114,7 +121,7 @@ SS_INLINE void turn(Source s, const int64_t *at, int pairs, float *out, int64_t 
         }
         const uint16_t *halves = (const uint16_t *)s.p + at[i];
         r[i] = s.type == SS_F32 ? ss_vload((const float *)s.p + at[i])
-               : pairs          ? ss_vload((const float *)halves)
+               : PAIRS          ? ss_vload((const float *)halves)
                                 : ss_vload_bf16(halves);
     }
     turn_vectors(r, out, out_stride);
@@ -122,13 +129,13 @@ SS_INLINE void turn(Source s, const int64_t *at, int pairs, float *out, int64_t 
 #endif
 #if TURNS
 /* Eight units from element `at` on. */
-SS_INLINE __m256 eight(Source s, int64_t at, int pairs) {
+SS_INLINE __m256 eight(Source s, int64_t at) {
     const uint16_t *halves = (const uint16_t *)s.p + at;
     if (s.type == SS_F32) return _mm256_loadu_ps((const float *)s.p + at);
     if (s.type == SS_I8)
         return BYTES == 4 ? _mm256_loadu_ps((const float *)(s.p + at))
                           : (__m256)_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(s.p + at)));
-    if (pairs) return _mm256_loadu_ps((const float *)halves);
+    if (PAIRS) return _mm256_loadu_ps((const float *)halves);
     float wide[8];
     for (int i = 0; i < 8; i++) {
         const uint32_t bits = (uint32_t)halves[i] << 16;
@@ -139,10 +146,10 @@ SS_INLINE __m256 eight(Source s, int64_t at, int pairs) {
 
 /* The same for eight lanes, to out[8, width]; where a row is wider than `width`, the next overwrites
  * what is over, and the last has `width` elements. */
-SS_INLINE void turn8(Source s, const int64_t *at, int pairs, float *out, int64_t width) {
+SS_INLINE void turn8(Source s, const int64_t *at, float *out, int64_t width) {
     __m256 r[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) r[i] = eight(s, at[i], pairs);
+    for (int i = 0; i < 8; i++) r[i] = eight(s, at[i]);
     turn_eight(r);
 #pragma GCC unroll 8
     for (int c = 0; c < 7; c++) _mm256_storeu_ps(out + c * width, r[c]);
@@ -163,21 +170,22 @@ SS_INLINE void turn8(Source s, const int64_t *at, int pairs, float *out, int64_t
 /* Units of lanes [j, j + lanes), at most 8 of them, where units are contiguous in memory; writes more
  * lanes than that where `width` has them. */
 static void pack_along(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j, int64_t lanes,
-                       int64_t width, int pairs, float *out) {
+                       int64_t width, float *out) {
+    const int64_t each = each_of(s);
     int64_t at[8], u = 0;
-    for (int64_t l = 0; l < 8; l++) at[l] = (j + least(l, lanes - 1)) * s.j_stride + u0 * (1 + pairs);
+    for (int64_t l = 0; l < 8; l++) at[l] = (j + least(l, lanes - 1)) * s.j_stride + u0 * each;
     const int64_t size = size_of(s.type), next = 8 * s.j_stride * size;
     for (; u + 8 <= units; u += 8) {
         for (int64_t l = 0; l < 8; l++) __builtin_prefetch(s.p + at[l] * size + next);
         if (width == ROWS)
-            turn8(s, at, pairs, out + u * ROWS, ROWS);
+            turn8(s, at, out + u * ROWS, ROWS);
         else
-            turn8(s, at, pairs, out + u * width, width);
-        for (int l = 0; l < 8; l++) at[l] += 8 * (1 + pairs);
+            turn8(s, at, out + u * width, width);
+        for (int l = 0; l < 8; l++) at[l] += 8 * each;
     }
     for (; u < units; u++)
         for (int64_t l = 0; l < lanes; l++)
-            out[u * width + l] = unit(s, u0 + u, j + l, k_end, pairs);
+            out[u * width + l] = unit(s, u0 + u, j + l, k_end);
 }
 #endif
 
@@ -242,7 +250,7 @@ SS_INLINE void pack_panels_of_bytes(Source s, int64_t u0, int64_t units, int64_t
             int64_t l = 0;
             for (; l + SS_LANES <= width; l += SS_LANES)
                 ss_vstore(o + l, lanes_of_bytes(s, u0 + u, first + l, k_end));
-            for (; l < width; l++) o[l] = unit(s, u0 + u, first + l, k_end, 1);
+            for (; l < width; l++) o[l] = unit(s, u0 + u, first + l, k_end);
         }
 }
 
@@ -262,22 +270,20 @@ SS_INLINE void pack_panels_of_bytes(Source s, int64_t u0, int64_t units, int64_t
 /* `count` panels of `width` lanes each, `floats` apart, unit by unit, where lanes are neighbours in
  * memory. */
 static void pack_lanes(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j, int64_t count,
-                       int64_t width, int64_t floats, int pairs, float *out) {
+                       int64_t width, int64_t floats, float *out) {
     if (s.type == SS_I8)
         pack_panels_of_bytes(s, u0, units, k_end, j, count, width, floats, out);
-    else if (word_of(s, pairs) == TWO_HALVES)
-        PACK_WIDTHS(TWO_HALVES);
-    else if (word_of(s, pairs) == ONE_F32)
+    else if (s.type == SS_F32)
         PACK_WIDTHS(ONE_F32);
     else
-        PACK_WIDTHS(ONE_HALF);
+        PACK_WIDTHS(HALF);
 }
 
 /* out[units, width] = units [u0, u0 + units) of lanes [j0, j0 + count) that are neighbours in memory; lanes
  * beyond are zero. */
 SS_INLINE void pack_neighbours(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0, int64_t count,
-                               int64_t width, int pairs, float *out) {
-    const ss_word kind = word_of(s, pairs);
+                               int64_t width, float *out) {
+    const ss_word kind = word_of(s);
     const int64_t size = element_size(kind), each = 1 + is_pair(kind);
     for (int64_t u = 0; u < units; u++) {
         const int64_t k = each * (u0 + u);
@@ -296,10 +302,11 @@ SS_INLINE void pack_neighbours(Source s, int64_t u0, int64_t units, int64_t k_en
 
 /* out[units, width] = units [u0, u0 + units) of lanes [j0, j0 + count); lanes beyond are zero. */
 static void pack(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0, int64_t count,
-                 int64_t width, int pairs, float *out) {
+                 int64_t width, float *out) {
+    const int64_t each = each_of(s);
     int64_t j = 0;
     if (s.j_stride == 1 && s.type != SS_I8) {
-        pack_neighbours(s, u0, units, k_end, j0, count, width, pairs, out);
+        pack_neighbours(s, u0, units, k_end, j0, count, width, out);
         return;
     }
     if (s.j_stride == 1)
@@ -307,26 +314,26 @@ static void pack(Source s, int64_t u0, int64_t units, int64_t k_end, int64_t j0,
             for (int64_t u = 0; u < units; u++)
                 ss_vstore(out + u * width + j, lanes_of_bytes(s, u0 + u, j0 + j, k_end));
 #if TURNS
-    else if (s.k_stride == 1 && k_end % (1 + pairs) == 0) {
+    else if (s.k_stride == 1 && k_end % each == 0) {
         for (; j + SS_LANES <= count; j += SS_LANES) {
             int64_t at[SS_LANES], u = 0;
             for (; u + SS_LANES <= units; u += SS_LANES) {
                 for (int64_t l = 0; l < SS_LANES; l++)
-                    at[l] = (j0 + j + l) * s.j_stride + (u0 + u) * (1 + pairs);
-                turn(s, at, pairs, out + u * width + j, width);
+                    at[l] = (j0 + j + l) * s.j_stride + (u0 + u) * each;
+                turn(s, at, out + u * width + j, width);
             }
             for (; u < units; u++)
                 for (int64_t l = 0; l < SS_LANES; l++)
-                    out[u * width + j + l] = unit(s, u0 + u, j0 + j + l, k_end, pairs);
+                    out[u * width + j + l] = unit(s, u0 + u, j0 + j + l, k_end);
         }
         for (; j < count; j += least(8, count - j))
-            pack_along(s, u0, units, k_end, j0 + j, least(8, count - j), width, pairs, out + j);
+            pack_along(s, u0, units, k_end, j0 + j, least(8, count - j), width, out + j);
     }
 #endif
     if (j == width) return;
     for (int64_t u = 0; u < units; u++) {
         for (int64_t l = j; l < count; l++)
-            out[u * width + l] = unit(s, u0 + u, j0 + l, k_end, pairs);
+            out[u * width + l] = unit(s, u0 + u, j0 + l, k_end);
         for (int64_t l = count > j ? count : j; l < width; l++) out[u * width + l] = 0.0f;
     }
 }
@@ -338,8 +345,8 @@ typedef struct {
     int runs;
 } Sum;
 
-static void list_sum(Source s, int64_t from, int64_t elements, int64_t units, int pairs, Sum *k) {
-    const int64_t many = 8 * (1 + pairs);
+static void list_sum(Source s, int64_t from, int64_t elements, int64_t units, Sum *k) {
+    const int64_t many = 8 * each_of(s);
     list(s.k, s.k_stride, from, elements, k->at);
     k->elements = elements;
     k->units = units;
@@ -382,7 +389,7 @@ SS_INLINE void listed_along(Source s, const ss_word kind, const Sum *k, const in
         if (squares && each * u + many <= k->elements && neighbours(ks, many) == many) {
             int64_t at[8];
             for (int l = 0; l < 8; l++) at[l] = js[least(l, lanes - 1)] + ks[0];
-            turn8(s, at, kind == TWO_HALVES, o, width);
+            turn8(s, at, o, width);
             u += 8;
             continue;
         }
@@ -441,15 +448,11 @@ SS_INLINE void pack_kind(Source s, const ss_word kind, const Sum *k, const int64
 }
 
 /* As pack, element (k, j) being at k->at[k] + js[j]. */
-static void pack_listed(Source s, const Sum *k, const int64_t *js, int64_t count, int64_t width, int pairs,
-                        float *out) {
-    const ss_word kind = word_of(s, pairs);
-    if (kind == ONE_F32)
+static void pack_listed(Source s, const Sum *k, const int64_t *js, int64_t count, int64_t width, float *out) {
+    if (s.type == SS_F32)
         pack_kind(s, ONE_F32, k, js, count, width, out);
-    else if (kind == TWO_HALVES)
-        pack_kind(s, TWO_HALVES, k, js, count, width, out);
     else
-        pack_kind(s, ONE_HALF, k, js, count, width, out);
+        pack_kind(s, HALF, k, js, count, width, out);
 }
 
 SS_INLINE void pack_taps_as(const ss_word kind, Source s, int64_t u0, int64_t units, int64_t j0,
@@ -488,15 +491,13 @@ SS_INLINE void pack_taps_as(const ss_word kind, Source s, int64_t u0, int64_t un
 }
 
 /* As pack, of weights: unit (channel, tap), two channels where units are pairs. */
-static void pack_taps(Source s, int64_t u0, int64_t units, int64_t j0, int64_t count, int64_t width,
-                      int pairs, float *out) {
-    switch (word_of(s, pairs)) {
-    case ONE_F32: pack_taps_as(ONE_F32, s, u0, units, j0, count, width, out); break;
-    case ONE_HALF: pack_taps_as(ONE_HALF, s, u0, units, j0, count, width, out); break;
-    case ONE_ROUNDED: pack_taps_as(ONE_ROUNDED, s, u0, units, j0, count, width, out); break;
-    case TWO_ROUNDED: pack_taps_as(TWO_ROUNDED, s, u0, units, j0, count, width, out); break;
-    default: pack_taps_as(TWO_HALVES, s, u0, units, j0, count, width, out);
-    }
+static void pack_taps(Source s, int64_t u0, int64_t units, int64_t j0, int64_t count, int64_t width, float *out) {
+    if (s.rounded)
+        pack_taps_as(PAIRS ? TWO_ROUNDED : ONE_ROUNDED, s, u0, units, j0, count, width, out);
+    else if (s.type == SS_F32)
+        pack_taps_as(ONE_F32, s, u0, units, j0, count, width, out);
+    else
+        pack_taps_as(HALF, s, u0, units, j0, count, width, out);
 }
 
 #if SS_AMX
@@ -511,7 +512,7 @@ static void pack_rows(Source s, int64_t u0, int64_t units, int64_t k_end, int64_
             memcpy(out + r * width, row, 2 * elements);
             continue;
         }
-        for (int64_t u = 0; u < units; u++) out[r * width + u] = unit(s, u0 + u, i0 + r, k_end, 1);
+        for (int64_t u = 0; u < units; u++) out[r * width + u] = unit(s, u0 + u, i0 + r, k_end);
     }
 }
 

@@ -53,12 +53,9 @@ class Machine:
         if names.keys() >= {"__AVX512F__", "__AVX512BW__"} and narrow == 16:
             lanes = 16
         four = "__AVX512VNNI__" if lanes == 16 else "__AVXVNNI__"
-        return cls(
-            lanes,
-            lanes == 16 and "__AVX512BF16__" in names,
-            4 if lanes > 4 and four in names else 2,
-            "SS_EMULATE_AMX" in names or names.keys() >= {"__AMX_BF16__", "__linux__"},
-        )
+        tiles = "SS_EMULATE_AMX" in names or names.keys() >= {"__AMX_BF16__", "__linux__"}
+        pairs = lanes == 16 and "__AVX512BF16__" in names
+        return cls(lanes, pairs, 4 if lanes > 4 and four in names else 2, pairs and tiles)
 
 
 def this_machine() -> Machine:

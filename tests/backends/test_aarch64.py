@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoestring.backends.c.build import HERE, runtime_of
+from shoestring.backends.c.build import GCC_FLAGS, HERE, runtime_of
 from shoestring.backends.c.lower import Lowered, lower
 from shoestring.backends.instructions import CallKernel, Region, Space
 from shoestring.ir import interpret, parse
@@ -139,7 +139,7 @@ def emulated(lowered: Lowered, given: list[torch.Tensor], folder: Path) -> bytes
     (folder / "main.c").write_text(main_text(lowered, [t.nbytes for t in given]))
     written = [str(HERE / name) for part in runtime_of(lowered.sources) for name in part]
     files = [*written, *map(str, folder.glob("*.c"))]
-    command = [COMPILER, *FLAGS, "-I", str(HERE), *files, "-o", "program", "-lm"]
+    command = [COMPILER, *FLAGS, *GCC_FLAGS, "-I", str(HERE), *files, "-o", "program", "-lm"]
     subprocess.run(command, cwd=folder, check=True)
     data = b"".join(raw(t) for t in given)
     done = subprocess.run([EMULATOR, "./program"], cwd=folder, input=data, capture_output=True)

@@ -14,8 +14,8 @@ import torch
 from shoestring.backends import Backend, backend_names, get_backend
 from shoestring.backends.c import CBackend
 from shoestring.backends.c.build import (
-    HEADERS,
     HERE,
+    INCLUDED,
     build,
     build_runtime_ahead,
     find_compiler,
@@ -155,7 +155,7 @@ def test_numbers_are_part_of_the_key() -> None:
     assert two.run([x])[0].tolist() == [2, 2, 2]
     assert three.run([x])[0].tolist() == [3, 3, 3]
     assert not three.info.cache_hit
-    assert all((HERE / name).exists() for name in HEADERS)
+    assert all((HERE / name).exists() for name in INCLUDED)
 
 
 def test_facts_of_an_executable() -> None:

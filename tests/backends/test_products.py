@@ -411,9 +411,7 @@ PATHS = {
     "4 lanes": ["-DSS_NARROW=4"],
     "8 lanes": ["-DSS_NARROW=8"],
     "16 lanes": WIDE,
-    "tile registers": ["-DSS_EMULATE_AMX"],
-    "tile registers, 16 lanes": ["-DSS_EMULATE_AMX", *WIDE],
-    "tile registers, 4 lanes": ["-DSS_EMULATE_AMX", "-DSS_NARROW=4"],
+    "tile registers": ["-DSS_EMULATE_AMX", *WIDE],
 }
 
 
