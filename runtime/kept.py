@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from shoestring.backends.base import Backend, Executable, KeepingBackend
-from shoestring.backends.cache import cache_folder, keep
+from shoestring.backends.cache import cache_folder, keep, mark_used
 from shoestring.ir import Function, lookup, print_function
 from shoestring.ir.errors import BackendError, IRError
 from shoestring.ir.serialize import dumps, loads
@@ -100,6 +100,7 @@ class Keeper:
         except (OSError, ValueError, zlib.error, IRError) as error:
             log.warning("compiling anew: %s is damaged: %s", self.path, error)
             return None
+        mark_used(self.path)
         return kept, self.backend.load(kept.lowered)
 
     def compile(self, function: Function, records: list[StepRecord]) -> Executable:

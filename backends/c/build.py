@@ -20,7 +20,7 @@ from pathlib import Path
 
 from shoestring.ir.errors import BackendError
 
-from ..cache import cache_folder
+from ..cache import cache_folder, mark_used, trim
 
 FLAGS = (
     "-std=gnu11", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fwrapv",
@@ -192,6 +192,7 @@ def _cached(key: str, product: str, make: Callable[[Path], None]) -> Build:
     """The folder of the cache for `key`, filled by `make` unless its product is there and whole."""
     folder = cache_folder() / key[:2] / key
     if _intact(folder / product):
+        mark_used(folder / product)
         return Build(folder / product, folder, True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -208,6 +209,7 @@ def _cached(key: str, product: str, make: Callable[[Path], None]) -> Build:
         _publish(work, folder, product)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    trim()
     return Build(folder / product, folder, False)
 
 
@@ -271,8 +273,6 @@ def _intact(library: Path) -> bool:
 
 
 def _compile(compiler: str, texts: Mapping[str, str], work: Path) -> None:
-    for name in INCLUDED:
-        (work / name).write_text((HERE / name).read_text())
     for name, text in texts.items():
         (work / name).write_text(text)
     with ThreadPoolExecutor(JOBS) as pool:
@@ -285,7 +285,7 @@ def _link(compiler: str, objects: Sequence[str], work: Path) -> None:
 
 def _compile_one(compiler: str, file: Path, work: Path) -> None:
     """One object file. A crash of the compiler itself is tried once more without vectorizing."""
-    command = [compiler, *flags(), "-c", file.name, "-o", f"{file.stem}.o"]
+    command = [compiler, *flags(), "-I", str(HERE), "-c", file.name, "-o", f"{file.stem}.o"]
     try:
         _run(command, work)
     except BackendError as error:
