@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import shoestring
 from shoestring.backends import get_backend
 from shoestring.backends.c import CBackend, CExecutable
-from shoestring.backends.c.build import cpu_identity, flags
+from shoestring.backends.c.build import flags
 from shoestring.backends.instructions import CallTorch
 from shoestring.ir import Builder, Function, Role, TensorType, Value
 from shoestring.ir.errors import BackendError
@@ -281,19 +281,9 @@ def test_dropout_drops_about_as_many_as_it_says() -> None:
     assert 0.01 < float(out.std()) < 0.03  # (0.1 / 0.9 / 300) ** 0.5 is 0.019
 
 
-AVX2 = {"avx2", "fma"}
-NEEDS = {
-    "generic": set[str](), "avx2": AVX2, "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
-    "emulated-avx512": AVX2, "emulated-amx": AVX2,
-}  # fmt: skip
-
-
 # Narrower paths are the same C for fewer lanes; bf16 without products of pairs is computed in f32.
-@pytest.mark.parametrize("isa", NEEDS)
-def test_other_instruction_sets(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not NEEDS[isa] <= set(cpu_identity().split()):
-        pytest.skip(f"this machine has no {isa}")
-    monkeypatch.setenv("SHOESTRING_ISA", isa)
+@pytest.mark.usefixtures("isa")
+def test_every_instruction_set() -> None:
     cases = [Case(sizes, dtype, causal=c) for sizes in SIZES for dtype in TOLERANCE for c in BOTH]
     cases += [Case(TILED, torch.bfloat16, causal=c) for c in BOTH]
     cases += [Case(sizes, dtype, keep=0.6) for sizes in SIZES for dtype in TOLERANCE]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,13 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoestring.backends.c import CBackend, CExecutable, tuning
-from shoestring.backends.c.build import cpu_identity
 from shoestring.backends.c.decompositions import decompose
+from shoestring.backends.c.lower import lower
 from shoestring.backends.c.room import Extent, this_machine, thread_bytes
-from shoestring.backends.instructions import CallKernel, CallTorch
-from shoestring.ir import Function, TensorType, trace
+from shoestring.backends.instructions import CallKernel, CallTorch, Instruction
 
-from .helpers import copies, difference
+from .helpers import copies, difference, traced
 
 aten = torch.ops.aten
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -84,20 +83,23 @@ def everything(case: Case, x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> tuple[
     return (y, *(t for t in backward if t is not None))
 
 
-def traced(f: Callable[..., Any], arguments: list[Tensor]) -> Function:
-    return trace(f, [TensorType(t.dtype, tuple(t.shape)) for t in arguments], "f")
+def together(
+    f: Callable[..., tuple[Tensor, ...]], cases: list[Case]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """What `f` makes of each case, of four tensors each."""
+
+    def results(*t: Tensor) -> tuple[Tensor, ...]:
+        sides = zip(*[iter(t)] * 4, strict=True)
+        return tuple(y for case, x in zip(cases, sides, strict=True) for y in f(case, *x))
+
+    return results
 
 
 def check_all(cases: list[Case], *, measure: bool = False) -> CExecutable:
     """Compares two runs with double precision. Building takes longer than running: once for all."""
     arguments = [case.inputs() for case in cases]
     given = [x for each in arguments for x in each]
-
-    def results(*t: Any) -> tuple[Tensor, ...]:
-        sides = zip(*[iter(t)] * 4, strict=True)
-        return tuple(y for case, x in zip(cases, sides, strict=True) for y in everything(case, *x))
-
-    executable = CBackend(measure=measure).compile(traced(results, given))
+    executable = CBackend(measure=measure).compile(traced(together(everything, cases), given))
     for _ in range(2):
         found = iter(executable.run(copies(given)))
         for case, each in zip(cases, arguments, strict=True):
@@ -114,15 +116,19 @@ def check(case: Case, *, ours: int | None = None) -> CExecutable:
     """Compares two runs with double precision; `ours`: how many products are generated code."""
     executable = check_all([case], measure=ours is None)
     if ours is not None:
-        kernels = [i for i in executable.instructions if isinstance(i, CallKernel)]
-        assert sum(any("convolution" in op for op in k.ops) for k in kernels) == ours
-        assert library_calls(executable) == (3 if case.groups == 1 else 2) - ours
+        assert_generated(case, executable.instructions, ours)
     return executable
 
 
-def library_calls(executable: CExecutable) -> int:
-    calls = [i for i in executable.instructions if isinstance(i, CallTorch)]
-    return sum("convolution" in c.name for c in calls)
+def assert_generated(case: Case, instructions: Sequence[Instruction], ours: int) -> None:
+    """That so many of the products are generated code, and PyTorch's kernels do the rest."""
+    kernels = [i for i in instructions if isinstance(i, CallKernel)]
+    assert sum(any("convolution" in op for op in k.ops) for k in kernels) == ours, f"{case}"
+    assert library_calls(instructions) == (3 if case.groups == 1 else 2) - ours, f"{case}"
+
+
+def library_calls(instructions: Sequence[Instruction]) -> int:
+    return sum(isinstance(i, CallTorch) and "convolution" in i.name for i in instructions)
 
 
 @st.composite
@@ -156,7 +162,6 @@ def test_any(case: Case) -> None:
     check(case)
 
 
-ISAS = ["avx512", "avx2", "generic", "emulated-avx512", "emulated-amx"]
 SOME = [
     Case(3, 5, 7, (16, 16), (3, 3), padding=(1, 1)),
     Case(33, 16, 24, (2, 2), (3, 3), padding=(1, 1)),  # images side by side, over several panels
@@ -186,7 +191,9 @@ SOME = [
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", SOME, ids=str)
 def test_all_three_products_are_generated(case: Case, dtype: torch.dtype) -> None:
-    check(Case(**{**case.__dict__, "dtype": dtype}), ours=3)
+    case = replace(case, dtype=dtype)
+    function = traced(partial(everything, case), case.inputs())
+    assert_generated(case, lower(function).program.instructions, 3)
 
 
 def test_windows_that_see_nothing_but_padding() -> None:
@@ -203,42 +210,38 @@ def test_the_library_takes_what_has_no_kernel() -> None:
     check(Case(2, 4, 2, (9, 9), (3, 3)), ours=1)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_other_instruction_sets(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if isa == "avx512" and "avx512f" not in cpu_identity().split():
-        pytest.skip(f"this machine has no {isa}")
-    monkeypatch.setenv("SHOESTRING_ISA", isa)
-    for dtype in TOLERANCE:
-        check_all([replace(case, dtype=dtype) for case in SOME])
+@pytest.mark.usefixtures("isa")
+def test_every_instruction_set() -> None:
+    check_all([replace(case, dtype=dtype) for case in SOME for dtype in TOLERANCE])
 
 
-@pytest.mark.parametrize("isa", ["native", *ISAS])
-def test_weights_are_rounded_while_they_are_packed(
-    isa: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("isa")
+def test_weights_are_rounded_while_they_are_packed() -> None:
     """To the last bit what weights give that are bf16 from the start."""
-    if isa == "avx512" and "avx512f" not in cpu_identity().split():
-        pytest.skip(f"this machine has no {isa}")
-    monkeypatch.setenv("SHOESTRING_ISA", isa)
-    backend = CBackend(measure=False)
-    for case in SOME:
-        half = replace(case, dtype=torch.bfloat16)
-        x, w, b, g = half.inputs()
-        wide = w.float() * (1 + 2**-9)  # halfway between two bf16, and some near that
-        wide.view(-1)[::7] *= 1 + 2**-15
-        wide.view(-1)[:6] = torch.tensor([torch.nan, torch.inf, 3e-41, -0.0, 3.4e38, 1e-38])
-        given = [x, wide, b, g]
-        plain = backend.compile(traced(lambda *t, c=half: everything(c, *t), [x, w, b, g]))
-        rounding = backend.compile(
-            traced(lambda x, w, b, g, c=half: everything(c, x, w.bfloat16(), b, g), given)
-        )
-        wanted = plain.run([x, wide.bfloat16(), b, g])
-        for found, reference in zip(rounding.run(given), wanted, strict=True):
-            assert torch.equal(found.nan_to_num(7), reference.nan_to_num(7)), f"{half}"
-        assert isinstance(rounding, CExecutable)
-        kernels = [i for i in rounding.instructions if isinstance(i, CallKernel)]
-        copies = sum(k.ops == ("aten._to_copy.default",) for k in kernels)
-        assert copies == (max(half.taps) == 1 or _taps_are_alone(half)), f"{half}"
+    cases = [replace(case, dtype=torch.bfloat16) for case in SOME]
+    half: list[Tensor] = []
+    wide: list[Tensor] = []
+    for case in cases:
+        x, w, b, g = case.inputs()
+        values = w.float() * (1 + 2**-9)  # halfway between two bf16, and some near that
+        values.view(-1)[::7] *= 1 + 2**-15
+        values.view(-1)[:6] = torch.tensor([torch.nan, torch.inf, 3e-41, -0.0, 3.4e38, 1e-38])
+        half, wide = [*half, x, values.bfloat16(), b, g], [*wide, x, values, b, g]
+        function = traced(partial(rounding, case), wide[-4:])
+        kernels = [i for i in lower(function).program.instructions if isinstance(i, CallKernel)]
+        rounded = sum(k.ops == ("aten._to_copy.default",) for k in kernels)
+        assert rounded == (max(case.taps) == 1 or _taps_are_alone(case)), f"{case}"
+    plain, fused = (
+        CBackend(measure=False).compile(traced(together(f, cases), given)).run(given)
+        for f, given in [(everything, half), (rounding, wide)]
+    )
+    for found, reference in zip(fused, plain, strict=True):
+        assert torch.equal(found.nan_to_num(7), reference.nan_to_num(7))
+
+
+def rounding(case: Case, x: Tensor, w: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    """`everything` of weights that are rounded to bf16."""
+    return everything(case, x, w.bfloat16(), b, g)
 
 
 def _taps_are_alone(case: Case) -> bool:
@@ -277,15 +280,12 @@ def test_weights_that_are_read_backwards_are_rounded_before() -> None:
             return aten.convolution(x, turn(w).bfloat16(), None, *case.call())  # noqa: B023
 
         executable = CBackend().compile(traced(f, [x, w.float()]))
-        assert library_calls(executable) == 0
+        assert library_calls(executable.instructions) == 0
         assert not difference(executable.run([x, w.float()])[0], f(x, w.float()), 2e-2, 2e-2)
 
 
-@pytest.mark.parametrize("isa", ["native", *ISAS])
-def test_scratch_is_what_is_planned(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if isa == "avx512" and "avx512f" not in cpu_identity().split():
-        pytest.skip(f"this machine has no {isa}")
-    monkeypatch.setenv("SHOESTRING_ISA", isa)
+@pytest.mark.usefixtures("isa")
+def test_scratch_is_what_is_planned() -> None:
     tuning._runtime.cache_clear()
     machine = this_machine()
     large = [
@@ -342,7 +342,7 @@ def test_operands_that_are_views() -> None:
         case = Case(3, 5, 6, (9, 8), (3, 3), padding=padding)
         arguments = [torch.randn(3, 9, 8, 5), torch.randn(5, 6, 3, 3)]
         executable = CBackend().compile(traced(f, arguments))
-        assert library_calls(executable) == 0
+        assert library_calls(executable.instructions) == 0
         assert not difference(executable.run(arguments)[0], f(*arguments), 1e-5, 1e-5)
 
 
@@ -363,7 +363,7 @@ def test_operands_that_repeat_themselves() -> None:
         shapes = [(4, 17, 6, 6), (3, 3, 17, 8), (1, 8, 6, 6)]
         arguments = [torch.randn(*shape).to(dtype) for shape in shapes]
         executable = CBackend().compile(traced(f, arguments))
-        assert isinstance(executable, CExecutable) and library_calls(executable) == 0
+        assert isinstance(executable, CExecutable) and library_calls(executable.instructions) == 0
         wanted = f(*(t.double() for t in arguments))
         for found, reference in zip(executable.run(arguments), wanted, strict=True):
             limit = tolerance * float(reference.abs().max())

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import shoestring as ss
-from shoestring.backends.c.build import cpu_identity
 from shoestring.ir import Builder, Function, Phase, Role, TensorType, Value
 
 from .helpers import compare
@@ -41,11 +40,8 @@ def program(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -
 SHAPES = [(1,), (3,), (513,), (5, 1), (3, 1030), (7, 5, 33), (2, 3, 4), (70001,), (1, 9)]
 
 
-@pytest.mark.parametrize("isa", ["native", "avx512", "avx2", "generic", "emulated-avx512"])
-def test_numbers(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if isa == "avx512" and "avx512f" not in cpu_identity().split():
-        pytest.skip(f"this machine has no {isa}")
-    monkeypatch.setenv("SHOESTRING_ISA", isa)
+@pytest.mark.usefixtures("isa")
+def test_numbers() -> None:
     for key in KEYS:
         executable = compare(program(SHAPES), [key], rtol=1e-6, atol=1e-6)
     assert "ss_uniform(" in executable.source

@@ -7,7 +7,7 @@ import itertools
 import platform
 import subprocess
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoestring.backends.c import CBackend, CExecutable
-from shoestring.backends.c.build import HERE, cpu_identity, defined_names, find_compiler, flags
+from shoestring.backends.c.build import HERE, defined_names, find_compiler, flags
 from shoestring.backends.c.layout import row_major
 from shoestring.backends.c.nodes import Base, Ref
 from shoestring.backends.c.packing import MOST_ROWS, packed_floats
 from shoestring.backends.c.room import Extent, Machine, thread_bytes, units_of
 from shoestring.backends.c.sides import Side, Sides
 from shoestring.backends.instructions import CallKernel
-from shoestring.ir import Builder, Function, Role, TensorType, Value, parse, parse_type, trace
+from shoestring.ir import Builder, Function, Role, TensorType, Value, parse, parse_type
 
-from .helpers import compare
+from .helpers import compare, traced
 
 SIZES = (4, 5, 7, 8, 9, 16, 47, 48, 49, 97, 256, 257)
 DEPTHS = (1, 2, 3, 31, 384, 385, 769)
@@ -475,26 +475,27 @@ def scaled(left: bool, right: bool, x: Any, y: Any, scale: Any) -> Any:
     return whole, whole.float() * scale + 1
 
 
-ISAS = ["native", "avx512", "avx2", "generic", "emulated-avx512", "emulated-amx"]
+@pytest.mark.usefixtures("isa")
+def test_integers_with_what_follows() -> None:
+    sizes = [(17, 4, 16), (5, 1, 7), (33, 77, 50), (130, 1538, 48)]
+    cases = list(itertools.product(sizes, [False, True], [False, True]))
+    sides = [(integers((m, k), a), integers((k, n), b)) for (m, k, n), a, b in cases]
+    scales = [torch.rand(y.shape[1]) for _, y in sides]
+    arguments: list[torch.Tensor] = []
+    for (_, a, b), (x, y), scale in zip(cases, sides, scales, strict=True):
+        arguments += [x.t() if a else x, y.t() if b else y, scale]
 
+    def results(*t: Any) -> tuple[Any, ...]:
+        each = zip(cases, zip(*[iter(t)] * 3, strict=True), strict=True)
+        return tuple(y for (_, a, b), x in each for y in scaled(a, b, *x))
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_integers_with_what_follows(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if isa == "avx512" and "avx512f" not in cpu_identity().split():
-        pytest.skip(f"this machine has no {isa}")
-    monkeypatch.setenv("SHOESTRING_ISA", isa)
-    for m, k, n in [(17, 4, 16), (5, 1, 7), (33, 77, 50), (130, 1538, 48)]:
-        for left, right in itertools.product([False, True], repeat=2):
-            x, y, scale = integers((m, k), left), integers((k, n), right), torch.rand(n)
-            given = [x.t() if left else x, y.t() if right else y, scale]
-            types = [TensorType(t.dtype, tuple(t.shape)) for t in given]
-            function = trace(partial(scaled, left, right), types, "f")
-            executable = CBackend().compile(function)
-            assert isinstance(executable, CExecutable) and len(executable.instructions) == 1
-            whole, followed = executable.run(given)
-            wanted = (x.long() @ y.long()).int()
-            assert torch.equal(whole, wanted)
-            torch.testing.assert_close(followed, wanted.float() * scale + 1)
+    executable = CBackend().compile(traced(results, arguments))
+    assert isinstance(executable, CExecutable) and len(executable.instructions) == len(cases)
+    found = iter(executable.run(arguments))
+    for (x, y), scale in zip(sides, scales, strict=True):
+        wanted = (x.long() @ y.long()).int()
+        assert torch.equal(next(found), wanted)
+        torch.testing.assert_close(next(found), wanted.float() * scale + 1)
 
 
 @pytest.mark.parametrize("path", PATHS)
