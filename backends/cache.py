@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,11 @@ def mark_used(file: Path) -> None:
         os.utime(file)
 
 
+def trim_meanwhile() -> None:
+    """`trim` beside whatever follows. If the process ends first, the next day goes on."""
+    threading.Thread(target=trim, name="shoestring-cache", daemon=True).start()
+
+
 def trim(limit: int | None = None) -> None:
     """Removes entries, those first that were not used for longest, until the rest is small enough.
 
@@ -80,8 +86,12 @@ def _entries(root: Path) -> Iterator[Path]:
 
 def _measured(entry: Path) -> tuple[float, int]:
     """When an entry was last used, and its bytes on the disk."""
-    files = [*entry.iterdir()] if entry.is_dir() else []
-    found = [f.stat() for f in files or [entry]]
+    if entry.is_dir():
+        with os.scandir(entry) as files:
+            found = [f.stat() for f in files]
+    else:
+        found = []
+    found = found or [entry.stat()]
     return max(s.st_mtime for s in found), sum(512 * s.st_blocks for s in found)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from shoestring.ir.errors import BackendError
 
-from ..cache import cache_folder, mark_used, trim
+from ..cache import cache_folder, mark_used, trim_meanwhile
 
 FLAGS = (
     "-std=gnu11", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fwrapv",
@@ -209,7 +209,7 @@ def _cached(key: str, product: str, make: Callable[[Path], None]) -> Build:
         _publish(work, folder, product)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    trim()
+    trim_meanwhile()
     return Build(folder / product, folder, False)
 
 
