@@ -282,15 +282,15 @@ def test_dropout_drops_about_as_many_as_it_says() -> None:
 
 
 # Narrower paths are the same C for fewer lanes; bf16 without products of pairs is computed in f32.
-@pytest.mark.usefixtures("isa")
-def test_every_instruction_set() -> None:
-    cases = [Case(sizes, dtype, causal=c) for sizes in SIZES for dtype in TOLERANCE for c in BOTH]
+def test_every_instruction_set(isa: str) -> None:
+    dtypes = [d for d in TOLERANCE if isa != "emulated-amx" or d is torch.bfloat16]
+    cases = [Case(sizes, dtype, causal=c) for sizes in SIZES for dtype in dtypes for c in BOTH]
     cases += [Case(TILED, torch.bfloat16, causal=c) for c in BOTH]
-    cases += [Case(sizes, dtype, keep=0.6) for sizes in SIZES for dtype in TOLERANCE]
-    cases += [Case(SIZES[2], dtype, causal=True, high=33) for dtype in TOLERANCE]
+    cases += [Case(sizes, dtype, keep=0.6) for sizes in SIZES for dtype in dtypes]
+    cases += [Case(SIZES[2], dtype, causal=True, high=33) for dtype in dtypes]
     cases += [Case(TILED, torch.bfloat16, causal=c, keep=0.6, high=64) for c in BOTH]
-    cases += [case for dtype in TOLERANCE for case in masked(dtype)]
-    check(*cases, *(Case(SIZES[3], dtype, (130, 257)) for dtype in TOLERANCE))
+    cases += [case for dtype in dtypes for case in masked(dtype)]
+    check(*cases, *(Case(SIZES[3], dtype, (130, 257)) for dtype in dtypes))
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from shoestring.backends.c import CBackend, CExecutable, chains, distance
 from shoestring.ir import Builder, Function, Role, parse_type
 
-from .helpers import compare, copies, traced
+from .helpers import compare, copies, together, traced
 
 aten = torch.ops.aten
 SIZES = [(1, 1), (3, 511), (5, 512), (2, 513), (7, 1025), (33, 48), (4, 1543)]
@@ -119,9 +119,8 @@ def both_ways(
 def test_equal_to_the_last_bit(
     f: Callable[..., Outputs], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for size in SIZES:
-        given = arguments(size, dtype)
-        both_ways(monkeypatch, traced(f, given), given, sums=f in (rows, twice))
+    function, given = together([(f, arguments(size, dtype)) for size in SIZES])
+    both_ways(monkeypatch, function, given, sums=f in (rows, twice))
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"], indirect=True)

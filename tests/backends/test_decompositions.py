@@ -14,7 +14,7 @@ from shoestring.backends.c.decompositions import BODIES, decompose
 from shoestring.backends.instructions import CallKernel
 from shoestring.ir import interpret
 
-from .helpers import compare, traced
+from .helpers import Call, compare, together, traced
 
 aten = torch.ops.aten
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -27,6 +27,13 @@ def check(f: Callable[..., Any], *arguments: Tensor, loose: float = 1) -> CExecu
     """Compares with PyTorch's kernel, in the tolerance of the narrowest type."""
     tolerance = loose * max(TOLERANCE[t.dtype] for t in arguments)
     return compare(traced(f, arguments), arguments, rtol=tolerance, atol=tolerance)
+
+
+def check_all(calls: Sequence[Call], loose: float = 1) -> CExecutable:
+    """The same for each call, as one program."""
+    function, given = together(calls)
+    tolerance = loose * max(TOLERANCE[t.dtype] for t in given)
+    return compare(function, given, rtol=tolerance, atol=tolerance)
 
 
 def randn(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,12 +52,16 @@ def seeded() -> None:
 @pytest.mark.parametrize("shape", [(1,), (7,), (5, 1), (3, 17), (2, 5, 129), (4, 1025), (2, 3, 4)])
 def test_softmax_along_every_dimension(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x, grad = randn(shape, dtype), randn(shape, dtype)
+    calls: list[Call] = []
     for dim in range(-1, len(shape) - 1):
         y, log = torch.softmax(x, dim), torch.log_softmax(x, dim)
-        check(lambda x, d=dim: aten._softmax(x, d, False), x)
-        check(lambda x, d=dim: aten._log_softmax(x, d, False), x)
-        check(lambda g, y, d=dim: aten._softmax_backward_data(g, y, d, y.dtype), grad, y)
-        check(lambda g, y, d=dim: aten._log_softmax_backward_data(g, y, d, y.dtype), grad, log)
+        calls += [
+            (lambda x, d=dim: aten._softmax(x, d, False), [x]),
+            (lambda x, d=dim: aten._log_softmax(x, d, False), [x]),
+            (lambda g, y, d=dim: aten._softmax_backward_data(g, y, d, y.dtype), [grad, y]),
+            (lambda g, y, d=dim: aten._log_softmax_backward_data(g, y, d, y.dtype), [grad, log]),
+        ]
+    check_all(calls)
 
 
 def test_softmax_of_extreme_rows() -> None:
@@ -92,9 +103,17 @@ LAYERS = [((3, 5), 1), ((4, 1), 1), ((2, 3, 257), 1), ((5, 7, 2), 2), ((6, 1031)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize(("shape", "rank"), LAYERS)
 @pytest.mark.parametrize("affine", ["both", "weight", "none"])
-def test_layer_norm(shape: tuple[int, ...], rank: int, dtype: torch.dtype, affine: str) -> None:
+def test_layer_norm(dtype: torch.dtype, affine: str) -> None:
+    calls = [layer_norm(shape, rank, dtype, affine) for shape, rank in LAYERS]
+    check_all([forward for forward, _ in calls])
+    check_all([backward for _, backward in calls], loose=20)
+
+
+def layer_norm(
+    shape: tuple[int, ...], rank: int, dtype: torch.dtype, affine: str
+) -> tuple[Call, Call]:
+    """Forward and backward."""
     inner = list(shape[-rank:])
     parameters = [randn(inner, dtype) for _ in range({"both": 2, "weight": 1, "none": 0}[affine])]
 
@@ -102,8 +121,7 @@ def test_layer_norm(shape: tuple[int, ...], rank: int, dtype: torch.dtype, affin
         return aten.native_layer_norm(x, inner, *p, *(None,) * (2 - len(p)), 1e-3)
 
     x, grad = randn(shape, dtype), randn(shape, dtype)
-    check(forward, x, *parameters)
-    y, mean, rstd = forward(x, *parameters)
+    _, mean, rstd = forward(x, *parameters)
     has = [True, affine != "none", affine == "both"]
 
     def backward(g: Tensor, x: Tensor, m: Tensor, s: Tensor, *p: Tensor) -> Any:
@@ -111,7 +129,7 @@ def test_layer_norm(shape: tuple[int, ...], rank: int, dtype: torch.dtype, affin
         results = aten.native_layer_norm_backward(g, x, inner, m, s, weight, bias, has)
         return [r for r in results if r is not None]
 
-    check(backward, grad, x, mean, rstd, *parameters, loose=20)
+    return (forward, [x, *parameters]), (backward, [grad, x, mean, rstd, *parameters])
 
 
 def test_layer_norm_of_bf16_with_f32_weights() -> None:
@@ -152,10 +170,16 @@ def test_norm_takes_its_neighbours_in() -> None:
 IMAGES = [(4, 3, 5, 5), (2, 1, 1, 1), (3, 7), (2, 67, 3), (2, 4, 2, 3, 3), (1, 2, 9)]
 
 
-@pytest.mark.parametrize("shape", IMAGES)
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_batch_norm(shape: tuple[int, ...], affine: bool, dtype: torch.dtype) -> None:
+def test_batch_norm(affine: bool, dtype: torch.dtype) -> None:
+    calls = [batch_norm(shape, affine, dtype) for shape in IMAGES]
+    check_all([call for *forward, _ in calls for call in forward])
+    check_all([backward for *_, backward in calls], loose=20)
+
+
+def batch_norm(shape: tuple[int, ...], affine: bool, dtype: torch.dtype) -> tuple[Call, Call, Call]:
+    """Forward with running statistics and without, and backward."""
     c = [shape[1]]
     stat = torch.float64 if dtype is torch.float64 else torch.float32
     mean, var = randn(c, stat), torch.rand(c, dtype=stat)
@@ -174,8 +198,6 @@ def test_batch_norm(shape: tuple[int, ...], affine: bool, dtype: torch.dtype) ->
         return results if dtype is stat else results[0]
 
     x, grad = randn(shape, dtype), randn(shape, dtype)
-    check(forward, x, mean, var, *parameters)
-    check(alone, x, *parameters)
     saved = randn(c, stat), torch.rand(c, dtype=stat)
 
     def backward(
@@ -185,7 +207,11 @@ def test_batch_norm(shape: tuple[int, ...], affine: bool, dtype: torch.dtype) ->
         results = aten.native_batch_norm_backward(g, x, w, m, v, s, r, True, 1e-3, mask)
         return [r for r in results if r is not None]
 
-    check(backward, grad, x, mean, var, *saved, *parameters[:1], loose=20)
+    return (
+        (forward, [x, mean, var, *parameters]),
+        (alone, [x, *parameters]),
+        (backward, [grad, x, mean, var, *saved, *parameters[:1]]),
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

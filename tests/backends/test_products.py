@@ -7,7 +7,7 @@ import itertools
 import platform
 import subprocess
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from shoestring.backends.c.sides import Side, Sides
 from shoestring.backends.instructions import CallKernel
 from shoestring.ir import Builder, Function, Role, TensorType, Value, parse, parse_type
 
-from .helpers import compare, traced
+from .helpers import Call, compare, together
 
 SIZES = (4, 5, 7, 8, 9, 16, 47, 48, 49, 97, 256, 257)
 DEPTHS = (1, 2, 3, 31, 384, 385, 769)
@@ -481,15 +481,11 @@ def test_integers_with_what_follows() -> None:
     cases = list(itertools.product(sizes, [False, True], [False, True]))
     sides = [(integers((m, k), a), integers((k, n), b)) for (m, k, n), a, b in cases]
     scales = [torch.rand(y.shape[1]) for _, y in sides]
-    arguments: list[torch.Tensor] = []
+    calls: list[Call] = []
     for (_, a, b), (x, y), scale in zip(cases, sides, scales, strict=True):
-        arguments += [x.t() if a else x, y.t() if b else y, scale]
-
-    def results(*t: Any) -> tuple[Any, ...]:
-        each = zip(cases, zip(*[iter(t)] * 3, strict=True), strict=True)
-        return tuple(y for (_, a, b), x in each for y in scaled(a, b, *x))
-
-    executable = CBackend().compile(traced(results, arguments))
+        calls.append((partial(scaled, a, b), (x.t() if a else x, y.t() if b else y, scale)))
+    function, arguments = together(calls)
+    executable = CBackend().compile(function)
     assert isinstance(executable, CExecutable) and len(executable.instructions) == len(cases)
     found = iter(executable.run(arguments))
     for (x, y), scale in zip(sides, scales, strict=True):

@@ -239,7 +239,9 @@ def test_passes_get_options_of_their_types() -> None:
     assert getattr(one, "keep", None) == frozenset({"aten.silu.default"})
 
 
-def test_precision(capsys: pytest.CaptureFixture[str]) -> None:
+def test_precision(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Takes half a minute; `test_compare_with_eager` does it.
+    monkeypatch.setattr("shoestring.cli.train.measure_compile", lambda *_: (2.0, 1.0))
     assert main(["train", *TINY, "--steps", "2", "--precision", "bf16", "--compare", "eager"]) == 0
     assert "bf16" in capsys.readouterr().out
     assert main(["verify", *TINY, "--steps", "2", "--precision", "bf16"]) == 0
