@@ -61,6 +61,7 @@ enum {
     FAR = 64 << 10,          /* bytes between scratch of two threads: cores fetch rows of tiles ahead */
 };
 
+/* Whether bf16 are multiplied in pairs, or widened to f32: known here, no kernel is there for both. */
 #ifdef SS_BF16_DOT
 enum { PAIRS = 1 };
 #else
