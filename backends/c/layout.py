@@ -122,6 +122,8 @@ def _selected(op: Op, x: Layout) -> Layout:
 
 def flipped(op: Op, x: Layout) -> Layout:
     """Dimensions in reverse order: negative strides, which generated code reads; torch has none."""
+    if not x.shape:
+        return x  # a number has no order, though PyTorch lets it be flipped along 0
     strides, offset = list(x.strides), x.offset
     for dim in {d % len(x.shape) for d in op.attr("dims")}:
         offset += (x.shape[dim] - 1) * strides[dim]

@@ -15,7 +15,7 @@ from shoestring.backends.c import CBackend
 from shoestring.backends.instructions import CallKernel
 from shoestring.ir import TensorType, trace
 
-from .helpers import compare, traced
+from .helpers import compare, together, traced
 
 aten = torch.ops.aten
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int8,
@@ -111,3 +111,16 @@ def test_a_position_outside_is_an_error() -> None:
     function = trace(lambda x, i: aten.index_put(x, [i], x, True), types, "f")
     with pytest.raises(IndexError):
         CBackend().compile(function).run([torch.randn(4, 6), torch.tensor([0, 1, 4, 2])])
+
+
+def test_along_the_dimension_that_a_number_does_not_have() -> None:
+    """PyTorch takes 0 and -1 there."""
+    along: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x.flip(0) * 0.9,
+        lambda x: (x + 1).flip(-1),
+        lambda x: x.unfold(0, 1, 1) * 2,
+        lambda x: x.transpose(0, -1) * 2,
+        lambda x: x.index_select(0, torch.zeros(1, dtype=torch.int64)) + x.roll(1),
+        lambda x: x.softmax(0) + x.log_softmax(-1) + x.cumsum(0) + x.amax(0) + x.sum(-1),
+    ]
+    compare(*together([(f, [torch.randn(())]) for f in along]))
