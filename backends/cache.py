@@ -54,16 +54,13 @@ def trim_meanwhile() -> None:
     threading.Thread(target=trim, name="shoestring-cache", daemon=True).start()
 
 
-def trim(limit: int | None = None) -> None:
+def trim() -> None:
     """Removes entries, those first that were not used for longest, until the rest is small enough.
 
     Once a day at most, and nothing that was used within a day: another process may be loading it.
-
-    Args:
-        limit: bytes; None: of `$SHOESTRING_CACHE_BYTES`, or `LIMIT`.
     """
     given = os.environ.get("SHOESTRING_CACHE_BYTES", "")
-    most = limit if limit is not None else int(given) if given.isdecimal() else LIMIT
+    most = int(given) if given.isdecimal() else LIMIT
     now, root = time.time(), cache_folder()
     with contextlib.suppress(OSError):
         looked_at = root / _LOOKED_AT
@@ -86,11 +83,7 @@ def _entries(root: Path) -> Iterator[Path]:
 
 def _measured(entry: Path) -> tuple[float, int]:
     """When an entry was last used, and its bytes on the disk."""
-    if entry.is_dir():
-        with os.scandir(entry) as files:
-            found = [f.stat() for f in files]
-    else:
-        found = []
+    found = [f.stat() for f in os.scandir(entry)] if entry.is_dir() else []
     found = found or [entry.stat()]
     return max(s.st_mtime for s in found), sum(512 * s.st_blocks for s in found)
 

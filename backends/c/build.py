@@ -32,7 +32,7 @@ GCC_FLAGS = (
     "-fno-ipa-cp", "-fno-unswitch-loops", "-fno-split-loops", "-fno-version-loops-for-strides",
 )  # fmt: skip
 _AVX2 = "-march=x86-64-v3"
-_EMULATED = (_AVX2, "-DSS_EMULATE_AVX512", "-O1", "-Wno-psabi")  # -O3 takes GCC 17 s for gemm.c
+_EMULATED = (_AVX2, "-DSS_EMULATE_AVX512", "-O1", "-Wno-psabi")  # -O3 takes GCC 13 s for gemm.c
 # What `$SHOESTRING_ISA` may name: levels that every compiler knows, the machine's own, and what
 # tests emulate where AVX2 is all there is.
 ISAS = {

@@ -342,7 +342,7 @@ static int whole_units(const ss_gemm *g, int64_t each) {
 
 static Shape shape_of(const ss_gemm *g) {
     Shape s = {.g = g, .amx = use_amx(g), .rows = ROWS, .cols = COLS};
-    s.each = g->type == SS_I8 ? BYTES : PAIRS && g->type == SS_BF16 ? 2 : 1;
+    s.each = each_of((Source){.type = g->type});
     if (s.amx) s.rows = AMX_ROWS, s.cols = AMX_COLS;
     /* Two panels of two vectors take less time than one of three and one of one. */
     if (!s.amx && VECS == 3 && blocks(g->n, SS_LANES) == 4) s.cols = 2 * SS_LANES;
@@ -529,7 +529,7 @@ static void multiply(const Shape *s, Source a, const float *packed, const int64_
     }
 #endif
     const int how = !s->direct ? PACKED : listed(a) ? LISTED : APART;
-    const int type = a.type == SS_I8 ? INTEGERS : PAIRS && a.type == SS_BF16 ? HALVES : SINGLES;
+    const int type = a.type == SS_I8 ? INTEGERS : s->each == 2 ? HALVES : SINGLES;
     const Tile tile = TILE_OF[blocks(cols, SS_LANES) - 1][type][how];
     for (int64_t r = 0; r < rows; r += ROWS) {
         Rows source = {(const char *)(packed + r * k->units)};

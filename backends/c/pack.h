@@ -14,7 +14,8 @@
 #include "turn.h"
 #include "vector.h"
 
-enum { HALF = PAIRS ? TWO_HALVES : ONE_HALF }; /* what a lane of bf16 is */
+/* What a lane is of bf16, and of f32 that are rounded to it. */
+enum { HALF = PAIRS ? TWO_HALVES : ONE_HALF, ROUNDED = PAIRS ? TWO_ROUNDED : ONE_ROUNDED };
 
 /* A matrix as the tile sees it: `k` along units, `j` across lanes. */
 typedef struct {
@@ -33,13 +34,12 @@ static int listed(Source s) { return s.k || s.j || s.windows; }
 
 /* What a lane of a unit is made of. */
 SS_INLINE ss_word word_of(Source s) {
-    if (s.rounded) return PAIRS ? TWO_ROUNDED : ONE_ROUNDED;
-    return s.type == SS_F32 ? ONE_F32 : (ss_word)HALF;
+    return s.rounded ? (ss_word)ROUNDED : s.type == SS_F32 ? ONE_F32 : (ss_word)HALF;
 }
 
 /* Elements of K in a unit. */
 SS_INLINE int64_t each_of(Source s) {
-    return s.type == SS_I8 ? BYTES : PAIRS && (s.type == SS_BF16 || s.rounded) ? 2 : 1;
+    return s.type == SS_I8 ? BYTES : 1 + is_pair(word_of(s));
 }
 
 /* How many of the positions from `at` on are neighbours in memory, up to `limit`. */
@@ -492,12 +492,11 @@ SS_INLINE void pack_taps_as(const ss_word kind, Source s, int64_t u0, int64_t un
 
 /* As pack, of weights: unit (channel, tap), two channels where units are pairs. */
 static void pack_taps(Source s, int64_t u0, int64_t units, int64_t j0, int64_t count, int64_t width, float *out) {
-    if (s.rounded)
-        pack_taps_as(PAIRS ? TWO_ROUNDED : ONE_ROUNDED, s, u0, units, j0, count, width, out);
-    else if (s.type == SS_F32)
-        pack_taps_as(ONE_F32, s, u0, units, j0, count, width, out);
-    else
-        pack_taps_as(HALF, s, u0, units, j0, count, width, out);
+    switch ((int)word_of(s)) {
+    case ONE_F32: pack_taps_as(ONE_F32, s, u0, units, j0, count, width, out); break;
+    case ROUNDED: pack_taps_as(ROUNDED, s, u0, units, j0, count, width, out); break;
+    default: pack_taps_as(HALF, s, u0, units, j0, count, width, out);
+    }
 }
 
 #if SS_AMX

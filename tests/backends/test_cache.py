@@ -28,11 +28,17 @@ def entry(path: Path, days: float) -> Path:
     return path
 
 
+def trim_to(limit: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOESTRING_CACHE_BYTES", str(limit))
+        trim()
+
+
 def test_what_was_used_last_stays(root: Path) -> None:
     folders = [entry(root / "ab" / f"ab{i}" / "kernels.so", 2 + i) for i in range(3)]
     program = entry(root / "programs" / "1.bin", 6)
     times = entry(root / "times" / "1.json", 9)
-    trim(2 * LARGE)
+    trim_to(2 * LARGE)
     assert [f.parent.exists() for f in folders] == [True, True, False]
     assert not program.exists() and times.exists()
     assert sorted(f.name for f in (root / "ab").iterdir()) == ["ab0", "ab1"]
@@ -42,17 +48,17 @@ def test_an_entry_is_as_new_as_its_newest_file(root: Path) -> None:
     old, other = entry(root / "ab" / "ab1" / "k.c", 9), entry(root / "ab" / "ab2" / "k.c", 8)
     mark_used(entry(old.with_name("kernels.so"), 9))
     mark_used(root / "ab" / "gone")
-    trim(0)
+    trim_to(0)
     assert old.exists() and not other.exists()
 
 
 def test_one_look_a_day(root: Path) -> None:
-    trim(0)
+    trim_to(0)
     path = entry(root / "programs" / "1.bin", 5)
-    trim(0)
+    trim_to(0)
     assert path.exists()
     os.utime(root / "trimmed", (0, 0))
-    trim(LARGE)
+    trim_to(LARGE)
     assert path.exists()
 
 
@@ -70,7 +76,7 @@ def test_a_folder_that_cannot_be_read_is_no_error(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SHOESTRING_CACHE", str(root / "none"))
-    trim(0)
+    trim_to(0)
     (root / "file").write_text("")
     monkeypatch.setenv("SHOESTRING_CACHE", str(root / "file"))
-    trim(0)
+    trim_to(0)
