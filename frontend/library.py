@@ -16,12 +16,15 @@ from torch.nn import functional
 from torch.nn.modules import transformer
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
+from .recurrence import layers_as_ops
+
 
 @contextmanager
 def traceable_library() -> Iterator[None]:
     """Puts the forms below in the place of PyTorch's."""
     with ExitStack() as stack:
         stack.enter_context(plain_recurrence())
+        stack.enter_context(layers_as_ops())
         for owner, name, make in (
             (_BatchNorm, "forward", _batch_norm),
             (transformer, "_detect_is_causal_mask", _detect_is_causal_mask),

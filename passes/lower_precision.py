@@ -51,6 +51,13 @@ LOWERED: dict[str, frozenset[str]] = {
     ),
     "attention.softmax.default": frozenset({"attn_mask"}),
     "attention.softmax_backward.default": frozenset({"attn_mask", "statistics"}),
+    # A state that is added up over all steps stays in f32.
+    "recurrence.lstm.default": frozenset({"c0"}),
+    "recurrence.lstm_backward.default": frozenset({"c", "grad_c"}),
+    "recurrence.gru.default": frozenset({"h0"}),
+    "recurrence.gru_backward.default": frozenset({"h"}),
+    "recurrence.rnn.default": frozenset(),
+    "recurrence.rnn_backward.default": frozenset(),
 }
 PRODUCT_OF = {
     "aten.addmm.default": "aten.mm.default",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from shoestring.ir import DTYPE_NAMES, Op
 
 if TYPE_CHECKING:
-    from .nodes import Node, NodeOperand, Ref
+    from .nodes import Base, Node, NodeOperand, Ref
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Claim:
         written: positions in `pointers` that it writes.
         scratch: bytes that it needs while it runs; planned like any buffer.
         declines: whether it may set `ss_declined` and leave the work to PyTorch.
+        helper: functions that the body calls; `@` stands for the kernel's name, here and there.
     """
 
     stem: str
@@ -37,6 +38,7 @@ class Claim:
     written: tuple[int, ...]
     scratch: int = 0
     declines: bool = False
+    helper: str = ""
 
 
 Claimer = Callable[["Node"], Claim | str | None]
@@ -45,7 +47,7 @@ Orders = tuple[tuple[int, ...], ...]
 
 def claim(node: Node) -> Claim | str | None:
     """The C for a library node, or why there is none; None where nobody knows the op."""
-    from . import attention, copies, losses, packing, pooling, rows
+    from . import attention, copies, losses, packing, pooling, recurrence, rows
 
     claimers: tuple[Claimer, ...] = (
         attention.claim,
@@ -54,6 +56,7 @@ def claim(node: Node) -> Claim | str | None:
         pooling.claim,
         losses.claim,
         packing.claim,
+        recurrence.claim,
     )
     return next((found for c in claimers if (found := c(node)) is not None), None)
 
@@ -79,3 +82,10 @@ def result_orders(op: Op, operands: tuple[NodeOperand, ...]) -> Orders | None:
     from . import attention
 
     return attention.result_orders(op, operands)
+
+
+def may_overwrite(node: Node, old: Base, new: Base) -> bool:
+    """Whether the C for a library node writes a result over an operand as it reads it."""
+    from . import recurrence
+
+    return recurrence.may_overwrite(node, old, new)

@@ -18,6 +18,7 @@ from torch import Tensor
 from shoestring.ir import Function, Op, Value, trace
 from shoestring.ir.inference import signature
 
+from . import recurrence
 from .convolutions import parts_of, role_of
 
 aten = torch.ops.aten
@@ -260,6 +261,15 @@ def _trains(op: Op) -> bool:
     return bool(op.attr("train"))
 
 
+def _has_no_kernel(op: Op) -> bool:
+    return not recurrence.takes(op)
+
+
+def _as_defined(op: Op, *operands: Tensor | None) -> Any:
+    """What the op means, in PyTorch's ops."""
+    return op.opdef.reference(*operands, **op.attrs)
+
+
 Condition = Callable[[Op], bool]
 BODIES: dict[str, tuple[Condition, Body]] = {
     "aten._softmax.default": (_has_dims, softmax),
@@ -274,6 +284,7 @@ BODIES: dict[str, tuple[Condition, Body]] = {
     "aten.convolution_backward.default": (_has_products, convolution_backward),
     "aten.native_group_norm.default": (_has_dims, group_norm),
     "aten.native_group_norm_backward.default": (_has_dims, group_norm_backward),
+    **{name: (_has_no_kernel, _as_defined) for name in recurrence.NAMES},
 }
 
 

@@ -216,7 +216,14 @@ class _Emitter:
         """A call of C that a claimer wrote for one node."""
         ops = (node.op.name,)
         kernel = Kernel(
-            found.body, found.comment, (), found.written, ops, found.stem, scratch=found.scratch
+            found.body,
+            found.comment,
+            (),
+            found.written,
+            ops,
+            found.stem,
+            found.helper,
+            found.scratch,
         )
         name = self.name_of(kernel)
         pointers = tuple(self.region(r) for r in found.pointers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .atoms import Atoms
+from .claims import may_overwrite
 from .groups import Unit, reads_whole
 from .layout import row_major
 from .nodes import Base
@@ -39,8 +40,11 @@ def overwritten(
 
 
 def _fits(unit: Unit, old: Base, new: Base, atoms: Atoms) -> bool:
-    same = old.dtype is new.dtype and old.nbytes == new.nbytes
-    return same and same_position(unit, old, new, atoms)
+    if old.dtype is not new.dtype or old.nbytes != new.nbytes:
+        return False
+    if unit.library:
+        return may_overwrite(unit.nodes[0].node, old, new)
+    return same_position(unit, old, new, atoms)
 
 
 def same_position(unit: Unit, old: Base, new: Base, atoms: Atoms) -> bool:

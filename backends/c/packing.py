@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from shoestring.ir import DTYPE_NAMES, Function, Op, Value
 
 from ..memory import aligned
@@ -71,9 +73,13 @@ def packed_once(op: Op, sides: Sides, rows: int) -> int:
         return packed_bytes(sides)
     if not takes_packed(op) or sides.lists() or is_packed(sides.b.ref) or rows <= SHARING:
         return 0
-    units = units_of(this_machine(), sides.b.ref.dtype, sides.summed)
-    room = FLOAT * packed_floats((units, count_of(sides.b.cols)))
-    return aligned(room) if room <= MOST_PLAIN else 0
+    room = packed_room(sides.b.ref.dtype, sides.summed, count_of(sides.b.cols))
+    return room if room <= MOST_PLAIN else 0
+
+
+def packed_room(dtype: torch.dtype, summed: int, cols: int) -> int:
+    """Bytes for a right side that one kernel packs for itself."""
+    return aligned(FLOAT * packed_floats((units_of(this_machine(), dtype, summed), cols)))
 
 
 def weights_read(op: Op, v: Value) -> int | None:

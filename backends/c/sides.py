@@ -191,11 +191,12 @@ def written_out(digits: Digits) -> tuple[Numbers, Numbers]:
 
 def of_matrices(node: Node) -> Sides:
     """The sides of a product of matrices."""
-    a, b = (_side(ref) for ref in node.refs[:2])
+    a, b = (side_of(ref) for ref in node.refs[:2])
     return Sides(a, b, node.refs[0].shape[-1])
 
 
-def _side(ref: Ref) -> Side:
+def side_of(ref: Ref) -> Side:
+    """A matrix, or one for each product of a batch."""
     batch, row, col = (0, 0, 0, *ref.layout.strides)[-3:]
     rows, cols = ref.shape[-2:]
     return Side(ref, batch, ((rows, row),), ((cols, col),))

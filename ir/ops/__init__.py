@@ -11,13 +11,15 @@ from . import (
     networks,
     pointwise,
     random,
+    recurrence,
     reductions,
     views,
 )
 from .aten import find_overload, from_schema, overload_name, split_arguments
 
 FAMILIES = (
-    pointwise, reductions, contractions, attention, views, indexing, networks, linalg, random,
+    pointwise, reductions, contractions, attention, recurrence, views, indexing, networks, linalg,
+    random,
 )  # fmt: skip
 REGISTRY: dict[str, OpDef] = {op.name: op for family in FAMILIES for op in family.OPS}
 

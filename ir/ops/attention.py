@@ -32,13 +32,14 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """16 bits as f32, in which they are computed."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _shared(x: Tensor, q: Tensor) -> Tensor:
     """Keys or values, each head as often as heads of queries share it."""
-    return _wide(x).repeat_interleave(q.shape[1] // x.shape[1], 1)
+    return wide(x).repeat_interleave(q.shape[1] // x.shape[1], 1)
 
 
 def _added(gradient: Tensor, x: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def _added(gradient: Tensor, x: Tensor) -> Tensor:
 def _scores(
     q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, fill: float
 ) -> Tensor:
-    scores = _wide(q) @ _shared(k, q).transpose(-1, -2) * scale
+    scores = wide(q) @ _shared(k, q).transpose(-1, -2) * scale
     if mask is not None and mask.dtype is torch.bool:
         scores = scores.masked_fill(~mask, fill)
     elif mask is not None:
@@ -103,18 +104,18 @@ def _backward(
     keep: float = 1.0, site: int = 0, is_causal: bool = False, scale: float | None = None,
     fill: float = -math.inf, safe: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    factor, wide = _scale(q, scale), _wide(grad)
+    factor, full = _scale(q, scale), wide(grad)
     scores = _scores(q, k, mask, is_causal, factor, fill)
     weights = _weights(scores, statistics)
     kept = _factors(scores, rng, keep, site)
-    row = (wide * _wide(out)).sum(-1, keepdim=True)
-    of_weights = wide @ _shared(v, q).transpose(-1, -2) * kept
+    row = (full * wide(out)).sum(-1, keepdim=True)
+    of_weights = full @ _shared(v, q).transpose(-1, -2) * kept
     inner = weights * (of_weights - row) * factor
     if mask is not None and mask.dtype is torch.bool:
         inner = inner.masked_fill(~mask, 0)
     grad_q = inner @ _shared(k, q)
-    grad_k = inner.transpose(-1, -2) @ _wide(q)
-    grad_v = (weights * kept).transpose(-1, -2) @ wide
+    grad_k = inner.transpose(-1, -2) @ wide(q)
+    grad_v = (weights * kept).transpose(-1, -2) @ full
     return grad_q.to(q.dtype), _added(grad_k, k), _added(grad_v, v)
 
 

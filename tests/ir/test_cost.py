@@ -69,6 +69,8 @@ MODELS: dict[str, Callable[[], Sample]] = {
     "resnet": resnet,
     "upsampler": upsampler,
     "lstm": lambda: (torch.nn.LSTM(7, 5, 2, batch_first=True), squares, (torch.randn(3, 6, 7),)),
+    "gru": lambda: (torch.nn.GRU(7, 5, bidirectional=True), squares, (torch.randn(6, 3, 7),)),
+    "rnn": lambda: (torch.nn.RNN(7, 5, 2), squares, (torch.randn(6, 3, 7),)),
     "mlp": lambda: (
         torch.nn.Sequential(torch.nn.Linear(9, 17), torch.nn.GELU(), torch.nn.Linear(17, 3)),
         squares,

@@ -255,13 +255,18 @@ def test_rules_of_direct_calls() -> None:
         call = Call(op, inputs, [run(op, inputs)])
         assert not list(broken(call))
         assert is_split(op), name
-    assert {f"aten.{n}" for n in given} | FROM_OTHERS >= RULED
+    others = FROM_OTHERS.union(*FROM_MODELS.values())
+    assert {f"aten.{n}" for n in given} | others >= RULED
 
 
 def values(*types: str) -> list[Value]:
     return [Value(parse_type(t), f"x{i}") for i, t in enumerate(types)]
 
 
+FROM_MODELS = {
+    name: {f"recurrence.{name}.default", f"recurrence.{name}_backward.default"}
+    for name in ("lstm", "gru", "rnn")
+}
 FROM_OTHERS = {n for names in FROM_OPINFO.values() for n in names} | {f"aten.{e[2]}" for e in EXTRA}
 
 
@@ -298,6 +303,8 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
         8, 2, 16, dropout=0.0, batch_first=True
     ),
     "lstm": lambda: torch.nn.LSTM(8, 6, batch_first=True),
+    "gru": lambda: torch.nn.GRU(8, 6, bidirectional=True),
+    "rnn": lambda: torch.nn.RNN(8, 6, 2),
     "convolution": lambda: torch.nn.Sequential(
         torch.nn.Unflatten(2, (2, 4)),
         torch.nn.Conv2d(5, 4, 2, padding=1),
@@ -320,7 +327,8 @@ def test_rules_in_a_training_step(name: str) -> None:
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     function = capture_step(model, loss, optimizer, (torch.randn(3, 5, 8),)).function
-    assert len(check(function, arguments_of(function))) >= 5
+    checked = check(function, arguments_of(function))
+    assert len(checked) >= 5 and set(checked) >= FROM_MODELS.get(name, set())
 
 
 def test_a_reshape_splits_what_is_outermost() -> None:
