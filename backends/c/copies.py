@@ -1,7 +1,7 @@
 """Ops that only move elements: concatenations, padding and the gradient of a slice, as C.
 
 Each piece of the result is filled by loops over dimensions that are merged where both sides of the
-copy allow it.
+copy allow it; many pieces in a row are one loop.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from .nodes import Node, Ref
 
 PAD = "aten.constant_pad_nd.default"
 PARALLEL = 1 << 16  # elements below which one thread is faster
+PRAGMA = "#pragma omp parallel for schedule(static)"
+MANY = 8  # pieces that are a loop
 
 
 @dataclass(frozen=True)
@@ -51,33 +53,77 @@ def claim(node: Node) -> Claim | str | None:
     used = sorted({p.source for p in pieces if p.source is not None})
     pointers = (*(refs[i] for i in used), Ref(out, row_major(out.shape)))
     kind = MEMORY[out.dtype]
-    lines = [f"const {kind} *restrict p{i} = b[{at}];" for at, i in enumerate(used)]
-    lines += [f"{kind} *restrict out = b[{len(used)}];"]
-    for piece in pieces:
-        lines += _loops(piece, out.dtype)
+    lines = [f"{kind} *restrict out = b[{len(used)}];"]
+    for run in _runs(pieces):
+        at = used.index(run[0].source) if run[0].source is not None else 0
+        lines += _run(run, at, out.dtype) if len(run) > 1 else _single(run[0], at, out.dtype)
     stem = node.op.name.split(".")[1]
     comment = comment_of(stem, node)
     return Claim(stem, comment, "\n".join(f"    {x}" for x in lines), pointers, (len(used),))
 
 
-def _loops(piece: Piece, dtype: torch.dtype) -> Iterator[str]:
-    """The copy of one piece, the innermost loop contiguous in the result."""
-    dims = _merged(piece)
+def _runs(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """Pieces one by one, and as one list where many follow each other that differ in their place
+    alone: of a stack of a thousand, C for each takes a compiler minutes."""
+    start = 0
+    while start < len(pieces):
+        end = start + 1
+        while end < len(pieces) and _follows(pieces[start:end], pieces[end]):
+            end += 1
+        if end - start >= MANY:
+            yield pieces[start:end]
+        else:
+            yield from ([p] for p in pieces[start:end])
+        start = end
+
+
+def _follows(run: list[Piece], piece: Piece) -> bool:
+    """Whether a piece is as far from the last of a run as that is from the one before."""
+    first, last = run[0], run[-1]
+    if last.source is None or piece.source != last.source + 1:
+        return False
+    if _merged(piece) != _merged(first):
+        return False
+    step = piece.target.offset - last.target.offset
+    return len(run) == 1 or step == run[1].target.offset - first.target.offset
+
+
+def _single(piece: Piece, at: int, dtype: torch.dtype) -> Iterator[str]:
+    """The copy of one piece, from pointer `at`."""
+    if piece.source is not None:
+        yield f"const {MEMORY[dtype]} *restrict p{piece.source} = b[{at}];"
     if piece.target.numel > PARALLEL:
-        yield "#pragma omp parallel for schedule(static)"
+        yield PRAGMA
+    yield from _loops(piece, f"p{piece.source}", str(piece.target.offset or ""), dtype)
+
+
+def _run(run: list[Piece], at: int, dtype: torch.dtype) -> Iterator[str]:
+    """The copies of many pieces, from pointer `at` on."""
+    first, step = run[0].target.offset, run[1].target.offset - run[0].target.offset
+    if run[0].target.numel * len(run) > PARALLEL:
+        yield PRAGMA
+    yield f"for (int64_t n = 0; n < {len(run)}; n++) {{"
+    yield f"    const {MEMORY[dtype]} *restrict p = b[{f'{at} + ' if at else ''}n];"
+    begin = f"{f'{first} + ' if first else ''}{step} * n"
+    yield from (f"    {line}" for line in _loops(run[0], "p", begin, dtype))
+    yield "}"
+
+
+def _loops(piece: Piece, source: str, begin: str, dtype: torch.dtype) -> Iterator[str]:
+    """The loops of a copy, the innermost contiguous in the result; `begin` is where that begins."""
+    dims = _merged(piece)
     for i, (size, _, _) in enumerate(dims):
         yield f"{'    ' * i}for (int64_t i{i} = 0; i{i} < {size}; i{i}++)"
-    target = _place([(t, i) for i, (_, t, _) in enumerate(dims)], piece.target.offset)
-    source = _place([(s, i) for i, (_, _, s) in enumerate(dims)], 0)
-    value = f"p{piece.source}[{source}]"
+    target = _place([(t, i) for i, (_, t, _) in enumerate(dims)], begin)
+    value = f"{source}[{_place([(s, i) for i, (_, _, s) in enumerate(dims)], '')}]"
     if piece.source is None:
         value = store(number(piece.fill, dtype), dtype)
     yield f"{'    ' * len(dims)}out[{target}] = {value};"
 
 
-def _place(strides: list[tuple[int, int]], offset: int) -> str:
+def _place(strides: list[tuple[int, int]], begin: str) -> str:
     terms = [f"{s} * i{i}" if s != 1 else f"i{i}" for s, i in strides if s]
-    return " + ".join([*([str(offset)] if offset else []), *terms]) or "0"
+    return " + ".join([*([begin] if begin else []), *terms]) or "0"
 
 
 def _merged(piece: Piece) -> list[tuple[int, int, int]]:

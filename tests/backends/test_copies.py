@@ -64,6 +64,37 @@ def test_concatenation(dtype: torch.dtype) -> None:
     assert run(lambda a: aten.stack([a[0, 0, 0], a[1, 0, 0]], 0), a)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool], ids=str)
+def test_many_pieces(dtype: torch.dtype) -> None:
+    """Alike and in a row, with others between them, turned, twice, and of a stack of stacks."""
+    x, y, z = numbers((24, 3, 5), dtype), numbers((24, 5, 3), dtype), numbers((3, 9), dtype)
+
+    def f(x: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
+        rows = list(x.unbind(0))
+        turned = [t.t() for t in y.unbind(0)]
+        return [
+            aten.stack(rows, 1),
+            aten.stack(rows[::-1], -1),
+            aten.stack([*rows[:9], *turned[:9], *rows[9:18]], 0),
+            aten.cat([*rows[:10], z, *rows[10:20], z[:, 1:6], *rows[20:]], 1),
+            aten.cat([*turned[::2], rows[0], rows[0], *rows[:8]], 0),
+            aten.stack([rows[1]] * 11, 1),
+            aten.cat([x.new_empty(0), *(t.reshape(-1) for t in turned)], 0),
+            aten.stack([aten.stack(rows[i : i + 8], 1) for i in range(16)], 2),
+        ]
+
+    compare(traced(f, (x, y, z)), (x, y, z), rtol=0, atol=0)
+
+
+def test_a_stack_of_many_is_one_loop() -> None:
+    """GCC takes 15 s for the loops of 64 pieces one after the other."""
+    x = torch.randn(200, 4, 16)
+    function = traced(lambda x: aten.stack([t.exp() for t in x.unbind(0)], 1), (x,))
+    executable = compare(function, (x,), rtol=1e-6, atol=1e-6)
+    text = "".join(executable.sources)
+    assert text[text.index("_stack(") :].split("\n}\n")[0].count("for (") <= 4
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(-7, 7), st.integers(-7, 9),
@@ -87,6 +118,7 @@ def test_gradient_of_a_slice(
 def test_large_copies_on_several_threads() -> None:
     a, b = torch.randn(40, 33, 70), torch.randn(40, 33, 50)
     assert run(lambda a, b: aten.cat([a, b], 2), a, b)
+    assert run(lambda a: aten.stack([*a.unbind(0), *(-a).unbind(0)], 1), a)
     assert run(lambda a: aten.slice_backward(a, [40, 33, 99], 2, 9, 79, 1), a)
 
 
