@@ -73,16 +73,17 @@ CELLS = [("lstm", ""), ("gru", ""), ("rnn", "tanh"), ("rnn", "relu")]
 
 
 def calls(dtype: torch.dtype, sizes: Sequence[tuple[int, int, int]]) -> list[Call]:
-    """Every cell in both directions, and its gradients."""
+    """Every cell in both directions, and its gradients; by turns with a bias, and for a state."""
     found: list[Call] = []
-    for (name, activation), size, reverse in itertools.product(CELLS, sizes, (False, True)):
+    for (name, activation), at, reverse in itertools.product(
+        CELLS, range(len(sizes)), (False, True)
+    ):
         attrs = {"name": name, "reverse": reverse, **attrs_of(name, activation)}
-        for bias in (False, True):
-            found.append((partial(layer, **attrs), operands_of(name, size, dtype, bias)))
-        own = operands_of(name, size, dtype, bias=False)
-        for first in (False, True):
-            grads = grads_of(name, size, dtype)
-            found.append((partial(gradient, first=first, **attrs), [*grads, *own]))
+        turn = (at + reverse) % 2 == 0
+        own, size = partial(operands_of, name, sizes[at], dtype), sizes[at]
+        found.append((partial(layer, **attrs), own(bias=turn)))
+        given = [*grads_of(name, size, dtype), *own(bias=False)]
+        found.append((partial(gradient, first=turn, **attrs), given))
     return found
 
 
