@@ -248,9 +248,10 @@ class LanguageLstm(nn.Module):
         return logits
 
 
-def lstm(tiny: bool) -> Workload:
+def lstm(tiny: bool, batch: int = 32, length: int = 64) -> Workload:
     """A two-layer LSTM language model of 1.6 M parameters, 32 x 64 tokens."""
-    vocabulary, width, batch, length = (20, 16, 3, 6) if tiny else (1000, 256, 32, 64)
+    vocabulary, width = (20, 16) if tiny else (1000, 256)
+    batch, length = (3, 6) if tiny else (batch, length)
 
     def loss_fn(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         logits = model(ids[:, :-1])
@@ -258,6 +259,11 @@ def lstm(tiny: bool) -> Workload:
 
     model = LanguageLstm(vocabulary, width)
     return Workload(model, loss_fn, (_ids(vocabulary, batch, length + 1),))
+
+
+def lstm_long(tiny: bool) -> Workload:
+    """The same LSTM and as many tokens, in 8 times as many steps: 4 x 512."""
+    return lstm(tiny, 4, 512)
 
 
 WORKLOADS: dict[str, Callable[[bool], Workload]] = {
@@ -273,6 +279,7 @@ WORKLOADS: dict[str, Callable[[bool], Workload]] = {
 MORE: dict[str, Callable[[bool], Workload]] = {
     "gpt-dropout": gpt_dropout,
     "bert-dropout": bert_dropout,
+    "lstm-long": lstm_long,
 }
 """Measured where they are named."""
 ALL = WORKLOADS | MORE

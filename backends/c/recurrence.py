@@ -84,8 +84,9 @@ class _Loops:
 
     Attributes:
         refs: in the order of pointers; results last.
-        width, batch, steps: of a state, and how many there are.
-        gates: columns of the weight's product, as a multiple of the width.
+        batch, width: of a state.
+        steps: how many there are.
+        wide: what a state gives or takes by the weight: a number of gates times the width.
     """
 
     node: Node
@@ -136,7 +137,7 @@ class _Loops:
     def each(self, statements: Iterable[str], indented: int = 4) -> str:
         """Statements for every element of a state, of which threads share the rows."""
         space = " " * indented
-        text = "\n".join(f"{space}        {line}" for s in statements for line in s.split("\n"))
+        text = "\n".join(f"{space}        {statement}" for statement in statements)
         forked = fork(self.batch * self.width, PARALLEL)
         return f"""\
 {forked}{space}for (int64_t r = 0; r < {self.batch}; r++) {{
@@ -146,11 +147,12 @@ class _Loops:
 {space}    }}
 {space}}}"""
 
-    def over_steps(self, body: str) -> str:
+    def over_steps(self, *parts: str) -> str:
         """The loop over steps as they are computed; step t leads from state `old` to `new`."""
         reverse = bool(self.node.op.attr("reverse"))
         old, new = ("t + 1", "t") if reverse else ("t", "t + 1")
         t = f"{self.steps - 1} - n" if reverse != (self.node.op.name in GRADIENTS) else "n"
+        body = "\n".join(parts)
         return f"""\
     for (int64_t n = 0; n < {self.steps}; n++) {{
         const int64_t t = {t}, old = {old}, new = {new};
@@ -317,7 +319,7 @@ def _all_steps(k: _Loops, stem: str, step: list[str]) -> Claim:
     float *sums = scratch;
 {low}    void *const given[] = {{{given}}};
 {k.each(start)}
-{k.over_steps(product.run(left) + chr(10) + k.each(step, 8))}"""
+{k.over_steps(product.run(left), k.each(step, 8))}"""
     return k.claim(stem, product, _finish(k.wide, plus, declared), body, scratch)
 
 
@@ -357,15 +359,15 @@ def _lstm_backward(node: Node) -> Claim:
 
 def _gru_backward(node: Node) -> Claim:
     k = _loops(node, "d_input", "d_state", *_first(node, "d_h"))
-    both = {"dr": 0, "dz": 1}
+    both = enumerate(("dr", "dz"))
     step = [
         *(f"const float {g} = {k.at('gates', 't', gate=n)};" for n, g in enumerate(GRU_GATES)),
         f"const float dh = {_incoming(k)} + {k.carry};",
         "const float dn = dh * (1 - update) * (1 - fresh * fresh);",
         f"const float dr = dn * {k.at('held', 't')} * (reset * (1 - reset));",
         f"const float dz = dh * ({k.at('h', 'old')} - fresh) * (update * (1 - update));",
-        *(k.put(name, "t", gate=n, value=v) for name in ("d_input", "d_state")
-          for v, n in both.items()),
+        *(k.put(name, "t", gate=n, value=v)
+          for n, v in both for name in ("d_input", "d_state")),
         k.put("d_input", "t", gate=2, value="dn"),
         k.put("d_state", "t", gate=2, value="dn * reset"),
         f"{k.carry} = dh * update;",
@@ -401,7 +403,7 @@ def _all_steps_back(
     product = _Product(_matrix(k.batch, k.wide), k.refs["weight"])
     left = f"{'d_state' if 'd_state' in k.refs else 'd_input'} + t * {k.batch * k.wide}"
     wanted = [k.put(name, value=value) for name, value in ends.items() if name in k.refs]
-    last = "" if wanted else f"        if (n == {k.steps - 1}) break;\n"
+    last = [] if wanted else [f"        if (n == {k.steps - 1}) break;"]
     own = aligned(FLOAT * k.batch * k.width)
     carry = f"    float *carry = (float *)((char *)scratch + {own});\n" if start else ""
     end = "\n" + k.each(wanted) if wanted else ""
@@ -409,5 +411,5 @@ def _all_steps_back(
     float *sums = scratch;
 {carry}    void *const given[] = {{sums}};
 {k.each([f"{k.sum()} = 0;", *start])}
-{k.over_steps(k.each(step, 8) + chr(10) + last + product.run(left))}{end}"""
+{k.over_steps(k.each(step, 8), *last, product.run(left))}{end}"""
     return k.claim(stem, product, _finish(k.width, ""), body, own * (1 + bool(start)))

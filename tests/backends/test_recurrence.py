@@ -89,7 +89,8 @@ def calls(dtype: torch.dtype, sizes: Sequence[tuple[int, int, int]]) -> list[Cal
 
 def test_every_size(isa: str) -> None:
     torch.manual_seed(0)
-    executable = compare(*together(calls(F32, SIZES)), rtol=1e-5, atol=1e-5)
+    sizes = SIZES if isa == "native" else SIZES[2::2]
+    executable = compare(*together(calls(F32, sizes)), rtol=1e-5, atol=1e-5)
     kernels = [i for i in executable.instructions if isinstance(i, CallKernel)]
     made = {op for i in kernels for op in i.ops if op in {*LAYERS, *GRADIENTS}}
     assert made == {*LAYERS, *GRADIENTS} and not executable.fallbacks
@@ -98,7 +99,8 @@ def test_every_size(isa: str) -> None:
 def test_bf16(isa: str) -> None:
     """Rounded where the reference rounds: what is left is one unit in the last place, sometimes."""
     torch.manual_seed(0)
-    executable = compare(*together(calls(BF16, SIZES[1:])), rtol=2e-2, atol=2e-2)
+    sizes = SIZES[1:] if isa == "native" else SIZES[2::2]
+    executable = compare(*together(calls(BF16, sizes)), rtol=2e-2, atol=2e-2)
     assert not executable.fallbacks
 
 
