@@ -46,7 +46,7 @@ OVERWRITES = {
     "recurrence.gru_backward.default": (0, "gates"),
     "recurrence.rnn_backward.default": (0, "grad_h"),
 }
-GRU_GATES = ("reset", "update", "fresh")
+OF_LSTM, OF_GRU = ("i", "f", "g", "o"), ("reset", "update", "fresh")  # names of gates
 TYPES = (torch.float32, torch.bfloat16)
 PARALLEL = 1 << 11  # elements of a state below which one thread is faster
 
@@ -264,15 +264,14 @@ def _kind(node: Node) -> str:
 
 
 def _lstm(k: _Loops) -> Claim:
-    gates = ("i", "f", "g", "o")
-    value = {gate: f"ss_{'tanh' if gate == 'g' else 'sigmoid'}f" for gate in gates}
+    value = {gate: f"ss_{'tanh' if gate == 'g' else 'sigmoid'}f" for gate in OF_LSTM}
     step = [
         *(f"const float {g} = {value[g]}({k.sum(n)} + {k.at('input', 't', gate=n)});"
-          for n, g in enumerate(gates)),
+          for n, g in enumerate(OF_LSTM)),
         f"const float cell = f * {k.at('c', 'old')} + i * g;",
         k.put("c", "new", value="cell"),
         k.put("h", "new", value="o * ss_tanhf(cell)"),
-        *(k.put("gates", "t", gate=n, value=g) for n, g in enumerate(gates)),
+        *(k.put("gates", "t", gate=n, value=g) for n, g in enumerate(OF_LSTM)),
     ]  # fmt: skip
     return _all_steps(k, "lstm", step)
 
@@ -285,7 +284,7 @@ def _gru(k: _Loops) -> Claim:
         f"const float part = {k.sum(2)}, fresh = ss_tanhf({x[2]} + part * reset);",
         f"const float state = ({k.at('h', 'old')} - fresh) * update + fresh;",
         k.put("h", "new", value="state"),
-        *(k.put("gates", "t", gate=n, value=v) for n, v in enumerate(GRU_GATES)),
+        *(k.put("gates", "t", gate=n, value=v) for n, v in enumerate(OF_GRU)),
         k.put("held", "t", value="part"),
     ]
     return _all_steps(k, "gru", step)
@@ -342,11 +341,10 @@ def _first(node: Node, *results: str) -> tuple[str, ...]:
 
 def _lstm_backward(node: Node) -> Claim:
     k = _loops(node, "d_input", *_first(node, "d_h", "d_c"))
-    gates = ("i", "f", "g", "o")
     values = ("dc * g * (i * (1 - i))", f"dc * {k.at('c', 'old')} * (f * (1 - f))",
               "dc * i * (1 - g * g)", "dh * ran * (o * (1 - o))")  # fmt: skip
     step = [
-        *(f"const float {g} = {k.at('gates', 't', gate=n)};" for n, g in enumerate(gates)),
+        *(f"const float {g} = {k.at('gates', 't', gate=n)};" for n, g in enumerate(OF_LSTM)),
         f"const float dh = {_incoming(k)}, ran = ss_tanhf({k.at('c', 'new')});",
         f"const float dc = {k.carry} + dh * o * (1 - ran * ran);",
         *(k.put("d_input", "t", gate=n, value=v) for n, v in enumerate(values)),
@@ -361,7 +359,7 @@ def _gru_backward(node: Node) -> Claim:
     k = _loops(node, "d_input", "d_state", *_first(node, "d_h"))
     both = enumerate(("dr", "dz"))
     step = [
-        *(f"const float {g} = {k.at('gates', 't', gate=n)};" for n, g in enumerate(GRU_GATES)),
+        *(f"const float {g} = {k.at('gates', 't', gate=n)};" for n, g in enumerate(OF_GRU)),
         f"const float dh = {_incoming(k)} + {k.carry};",
         "const float dn = dh * (1 - update) * (1 - fresh * fresh);",
         f"const float dr = dn * {k.at('held', 't')} * (reset * (1 - reset));",

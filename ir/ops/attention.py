@@ -32,9 +32,14 @@ DEFAULTS = {
 }  # fmt: skip
 
 
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """f32 for 16 bits, which are computed in it."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
 def wide(x: Tensor) -> Tensor:
-    """16 bits as f32, in which they are computed."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    """A tensor in the type in which it is computed."""
+    return x.to(wide_type(x.dtype))
 
 
 def _shared(x: Tensor, q: Tensor) -> Tensor:
@@ -125,8 +130,8 @@ def _scale(q: Tensor, scale: float | None) -> float:
 
 def _infer_forward(op: Op) -> tuple[TensorType, ...]:
     q, v = op.inputs[0].type, op.inputs[2].type
-    sums = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
-    return TensorType(q.dtype, (*q.shape[:-1], v.shape[-1])), TensorType(sums, (*q.shape[:-1], 2))
+    sums = TensorType(wide_type(q.dtype), (*q.shape[:-1], 2))
+    return TensorType(q.dtype, (*q.shape[:-1], v.shape[-1])), sums
 
 
 def _infer_backward(op: Op) -> tuple[TensorType, ...]:

@@ -23,15 +23,11 @@ from ..function import Op, Value
 from ..opdef import Cost, FactorMap, Kind, OpDef
 from ..types import TensorType
 from .aten import bytes_moved
-from .attention import wide
+from .attention import wide, wide_type
 
 LSTM_GATES, GRU_GATES = 4, 3
 RELU, TANH = "relu", "tanh"
 Steps = tuple[list[Tensor], ...]
-
-
-def _wide_type(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def _of_state(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -211,7 +207,7 @@ def _infer(carries: bool, *saved: int) -> Callable[[Op], tuple[TensorType, ...]]
     def infer(op: Op) -> tuple[TensorType, ...]:
         given = operands_of(op)
         (steps, batch, _), weight = given["input"].type.shape, given["weight"].type
-        width, kept = weight.shape[1], _wide_type(weight.dtype)
+        width, kept = weight.shape[1], wide_type(weight.dtype)
         assert isinstance(steps, int), "steps are counted when the program is captured"
         assert isinstance(width, int), "so is the width"
         states = (steps + 1, batch, width)
