@@ -68,7 +68,8 @@ def _runs(pieces: list[Piece]) -> Iterator[list[Piece]]:
     start = 0
     while start < len(pieces):
         end = start + 1
-        while end < len(pieces) and _follows(pieces[start:end], pieces[end]):
+        step = _step(pieces[start], pieces[end]) if end < len(pieces) else None
+        while step is not None and end < len(pieces) and _step(*pieces[end - 1 : end + 1]) == step:
             end += 1
         if end - start >= MANY:
             yield pieces[start:end]
@@ -77,30 +78,25 @@ def _runs(pieces: list[Piece]) -> Iterator[list[Piece]]:
         start = end
 
 
-def _follows(run: list[Piece], piece: Piece) -> bool:
-    """Whether a piece is as far from the last of a run as that is from the one before."""
-    first, last = run[0], run[-1]
-    if last.source is None or piece.source != last.source + 1:
-        return False
-    if _merged(piece) != _merged(first):
-        return False
-    step = piece.target.offset - last.target.offset
-    return len(run) == 1 or step == run[1].target.offset - first.target.offset
+def _step(piece: Piece, other: Piece) -> int | None:
+    """How far behind a piece the next operand's is, where they are alike."""
+    if piece.source is None or other.source != piece.source + 1:
+        return None
+    return other.target.offset - piece.target.offset if _merged(piece) == _merged(other) else None
 
 
 def _single(piece: Piece, at: int, dtype: torch.dtype) -> Iterator[str]:
     """The copy of one piece, from pointer `at`."""
     if piece.source is not None:
         yield f"const {MEMORY[dtype]} *restrict p{piece.source} = b[{at}];"
-    if piece.target.numel > PARALLEL:
-        yield PRAGMA
     yield from _loops(piece, f"p{piece.source}", str(piece.target.offset or ""), dtype)
 
 
 def _run(run: list[Piece], at: int, dtype: torch.dtype) -> Iterator[str]:
     """The copies of many pieces, from pointer `at` on."""
     first, step = run[0].target.offset, run[1].target.offset - run[0].target.offset
-    if run[0].target.numel * len(run) > PARALLEL:
+    numel = run[0].target.numel
+    if numel <= PARALLEL < numel * len(run):
         yield PRAGMA
     yield f"for (int64_t n = 0; n < {len(run)}; n++) {{"
     yield f"    const {MEMORY[dtype]} *restrict p = b[{f'{at} + ' if at else ''}n];"
@@ -112,6 +108,8 @@ def _run(run: list[Piece], at: int, dtype: torch.dtype) -> Iterator[str]:
 def _loops(piece: Piece, source: str, begin: str, dtype: torch.dtype) -> Iterator[str]:
     """The loops of a copy, the innermost contiguous in the result; `begin` is where that begins."""
     dims = _merged(piece)
+    if piece.target.numel > PARALLEL:
+        yield PRAGMA
     for i, (size, _, _) in enumerate(dims):
         yield f"{'    ' * i}for (int64_t i{i} = 0; i{i} < {size}; i{i}++)"
     target = _place([(t, i) for i, (_, t, _) in enumerate(dims)], begin)

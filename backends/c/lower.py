@@ -216,15 +216,9 @@ class _Emitter:
         """A call of C that a claimer wrote for one node."""
         ops = (node.op.name,)
         kernel = Kernel(
-            found.body,
-            found.comment,
-            (),
-            found.written,
-            ops,
-            found.stem,
-            found.helper,
+            found.body, found.comment, (), found.written, ops, found.stem, found.helper,
             found.scratch,
-        )
+        )  # fmt: skip
         name = self.name_of(kernel)
         pointers = tuple(self.region(r) for r in found.pointers)
         written = tuple(pointers[i] for i in found.written)

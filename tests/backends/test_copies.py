@@ -119,6 +119,7 @@ def test_large_copies_on_several_threads() -> None:
     a, b = torch.randn(40, 33, 70), torch.randn(40, 33, 50)
     assert run(lambda a, b: aten.cat([a, b], 2), a, b)
     assert run(lambda a: aten.stack([*a.unbind(0), *(-a).unbind(0)], 1), a)
+    assert run(lambda a: aten.stack([a, -a] * 4, 2), a)
     assert run(lambda a: aten.slice_backward(a, [40, 33, 99], 2, 9, 79, 1), a)
 
 
