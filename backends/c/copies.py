@@ -14,14 +14,13 @@ import torch
 
 from shoestring.ir import Op
 
-from .claims import Claim, comment_of
+from .claims import Claim, comment_of, fork
 from .expressions import MEMORY, number, store
 from .layout import Layout, first_of_slice, row_major
 from .nodes import Node, Ref
 
 PAD = "aten.constant_pad_nd.default"
 PARALLEL = 1 << 16  # elements below which one thread is faster
-PRAGMA = "#pragma omp parallel for schedule(static)"
 MANY = 8  # pieces that are a loop
 
 
@@ -96,8 +95,8 @@ def _run(run: list[Piece], at: int, dtype: torch.dtype) -> Iterator[str]:
     """The copies of many pieces, from pointer `at` on."""
     first, step = run[0].target.offset, run[1].target.offset - run[0].target.offset
     numel = run[0].target.numel
-    if numel <= PARALLEL < numel * len(run):
-        yield PRAGMA
+    if numel <= PARALLEL:  # of larger ones, threads share each
+        yield from fork(numel * len(run), PARALLEL).splitlines()
     yield f"for (int64_t n = 0; n < {len(run)}; n++) {{"
     yield f"    const {MEMORY[dtype]} *restrict p = b[{f'{at} + ' if at else ''}n];"
     begin = f"{f'{first} + ' if first else ''}{step} * n"
@@ -108,8 +107,7 @@ def _run(run: list[Piece], at: int, dtype: torch.dtype) -> Iterator[str]:
 def _loops(piece: Piece, source: str, begin: str, dtype: torch.dtype) -> Iterator[str]:
     """The loops of a copy, the innermost contiguous in the result; `begin` is where that begins."""
     dims = _merged(piece)
-    if piece.target.numel > PARALLEL:
-        yield PRAGMA
+    yield from fork(piece.target.numel, PARALLEL).splitlines()
     for i, (size, _, _) in enumerate(dims):
         yield f"{'    ' * i}for (int64_t i{i} = 0; i{i} < {size}; i{i}++)"
     target = _place([(t, i) for i, (_, t, _) in enumerate(dims)], begin)

@@ -104,8 +104,7 @@ class _Loops:
 
     def at(self, name: str, *place: str, gate: int = 0) -> str:
         """Element (place..., r, j) of an operand or a result, as a register."""
-        ref = self.refs[name]
-        return load(f"{name}[{_index((*place, 'r', self._column(gate)), ref)}]", ref.dtype)
+        return load(self._element(name, place, gate), self.refs[name].dtype)
 
     def sum(self, gate: int = 0) -> str:
         """What the product of a step gave, of a layer with the bias."""
@@ -119,12 +118,12 @@ class _Loops:
 
     def put(self, name: str, *place: str, value: str, gate: int = 0) -> str:
         """The statement that stores it."""
-        ref = self.refs[name]
-        what = store(rounded(value, ref.dtype), ref.dtype)
-        return f"{name}[{_index((*place, 'r', self._column(gate)), ref)}] = {what};"
+        dtype = self.refs[name].dtype
+        return f"{self._element(name, place, gate)} = {store(rounded(value, dtype), dtype)};"
 
-    def _column(self, gate: int) -> str:
-        return f"({gate * self.width} + j)" if gate else "j"
+    def _element(self, name: str, place: Iterable[str], gate: int) -> str:
+        column = f"({gate * self.width} + j)" if gate else "j"
+        return f"{name}[{_index((*place, 'r', column), self.refs[name])}]"
 
     def declared(self) -> str:
         """The pointers."""

@@ -164,7 +164,7 @@ def test_what_is_not_finite_stays_so() -> None:
     compare(*together(found), rtol=1e-5, atol=1e-5)
 
 
-def test_many_threads_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_threads_and_steps() -> None:
     """Enough for threads to share; the same numbers for one."""
     torch.manual_seed(0)
     size, results = (40, 32, 96), list[list[Tensor]]()

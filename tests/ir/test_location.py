@@ -2,11 +2,14 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import shoestring as ss
+from shoestring.frontend import library
 from shoestring.ir import Function, Phase, TensorType, trace
 
 
@@ -39,8 +42,11 @@ def test_each_op_has_its_line() -> None:
     assert lines(f, "tanh") == [begin + 1, begin + 2] * 2
 
 
-def test_ops_of_one_call_are_of_its_line() -> None:
-    """A recurrent layer; its backward ops belong to the same line."""
+@pytest.mark.parametrize("ops_of", ["recurrence.", "tanh"])
+def test_ops_of_one_call_are_of_its_line(ops_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recurrent layer, as an op and as PyTorch runs it; backward ops belong to the same line."""
+    if ops_of == "tanh":
+        monkeypatch.setattr(library, "layers_as_ops", nullcontext)
 
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         y: Tensor = model(x)[0]
@@ -49,7 +55,7 @@ def test_ops_of_one_call_are_of_its_line() -> None:
     model, x = nn.LSTM(3, 3), torch.randn(5, 2, 3)
     step = ss.compile(model, loss, torch.optim.SGD(model.parameters(), lr=0.1), (x,))
     ops = step.program((x,)).captured.function.ops
-    of_steps = {op.loc for op in ops if op.name.startswith("recurrence.")}
+    of_steps = {op.loc for op in ops if ops_of in op.name}
     begin = loss.__code__.co_firstlineno
     assert {(loc.line, loc.phase) for loc in of_steps} == {
         (begin + 1, Phase.FORWARD), (begin + 1, Phase.BACKWARD)
